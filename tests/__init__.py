@@ -1,0 +1,1 @@
+"""Tests of the pipe, one module per section of the plugin."""
