@@ -111,7 +111,12 @@ class Chat:
     @property
     def text(self) -> str:
         """Return the text that is shown, copied and exported."""
-        return self.message.get("content") or ""
+        parts = [
+            part.get("text", "")
+            for item in self.items("message")
+            for part in item.get("content", [])
+        ]
+        return self.message.get("content") or "".join(parts)
 
     @property
     def output(self) -> list[JSON]:

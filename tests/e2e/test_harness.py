@@ -94,7 +94,7 @@ def test_an_answer_is_continued_in_place(echo: Account) -> None:
 
 def test_a_temporary_chat_leaves_nothing_and_keeps_its_history(echo: Account) -> None:
     first = echo.chat("echo.one", "hello", temporary=True)
-    assert first.text.strip() == "You said: hello (1)"
+    assert first.text == "You said: hello (1)"
 
     with echo.listen() as tab:
         first = echo.chat("echo.one", "hello", temporary=True, listener=tab)
@@ -102,7 +102,7 @@ def test_a_temporary_chat_leaves_nothing_and_keeps_its_history(echo: Account) ->
             "echo.one", "again", temporary=True, listener=tab, after=first
         )
 
-    assert second.text.strip() == "You said: again (3)"
+    assert second.text == "You said: again (3)"
     with pytest.raises(Refused):
         echo.read_chat(first.id)
 
@@ -126,7 +126,7 @@ def test_stop_keeps_what_was_said(echo: Account) -> None:
         echo.stop_chat(started)
         chat = echo.wait_chat(started, timeout_seconds=4)
 
-    assert chat.text == "You"
+    assert chat.text.strip() == "You"
 
 
 @pytest.mark.parametrize("path", ["/api/chat/completions", "/api/v1/chat/completions"])
@@ -186,5 +186,5 @@ def test_the_server_says_what_it_uses(server: OpenWebUI) -> None:
 
 
 def test_a_refusal_says_why(echo: Account) -> None:
-    with pytest.raises(Refused, match="400: .*alphanumeric"):
+    with pytest.raises(Refused, match=r"400: .*alphanumeric"):
         echo.install_function("not-an-id", ECHO)
