@@ -146,6 +146,7 @@ async def browser() -> AsyncIterator[Browser]:
 @pytest.fixture
 async def page(browser: Browser, server: OpenWebUI) -> AsyncIterator[Page]:
     """Open a page of the server, signed in as the admin."""
+    server.admin.dismiss_news()
     context = await browser.new_context(
         base_url=server.url, viewport={"width": 1280, "height": 900}
     )

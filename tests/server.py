@@ -323,6 +323,11 @@ class Account:
         reply = self.http.request(method, path, json=body, params=params or None)
         return _read(reply)
 
+    def dismiss_news(self) -> None:
+        """Keep the "what is new" dialog away, as after closing it."""
+        body = {"ui": {"showChangelog": False}}
+        self.call("POST", "/api/v1/users/user/settings/update", body)
+
     # Functions and valves (an admin's) ------------------------------------------------
 
     def install_function(self, id: str, source: str, name: str = "") -> None:

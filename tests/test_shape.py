@@ -10,6 +10,7 @@ from typing import Any
 
 import black
 import pytest
+from black.report import NothingChanged
 
 from tests import shape
 from tests.webui import PLUGIN
@@ -198,7 +199,7 @@ def test_black_is_never_switched_off(marker: str) -> None:
 
 
 def test_black_has_nothing_to_change() -> None:
-    with pytest.raises(black.NothingChanged):
+    with pytest.raises(NothingChanged):
         black.format_file_contents(source(), fast=True, mode=black.Mode())
 
 
