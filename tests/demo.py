@@ -23,6 +23,7 @@ from tests.webui import PLUGIN
 
 FUNCTION_ID = "openrouter"
 MODEL = f"{FUNCTION_ID}.openai/gpt-5-mini"
+SECONDS_A_WORD = 0.025  # about as fast as a model
 DATA_DIR = PLUGIN.parent.parent / ".demo"
 
 
@@ -62,7 +63,7 @@ def upstream() -> Generator[tuple[JSON, str]]:
         return
     from tests.simulator import Simulator
 
-    with Simulator() as simulator:
+    with Simulator(pace=SECONDS_A_WORD) as simulator:
         valves = {"BASE_URL": simulator.base_url, "API_KEY": simulator.api_key}
         yield valves, "the simulator (OPENROUTER_API_KEY is not set)"
 
@@ -85,14 +86,14 @@ def prepare(admin: Account, valves: JSON) -> int:
 
 
 def suggestions() -> list[JSON]:
-    """Return the prompts that the simulator answers best, as the page offers them."""
+    """Return what the simulator shows best, as the page offers it."""
     try:
         persona = importlib.import_module("tests.simulator.persona")
     except ImportError:
         return []
     return [
-        {"title": [prompt[:40], prompt[40:80]], "content": prompt}
-        for prompt in getattr(persona, "PROMPTS", ())
+        {"title": [each.name, each.shows], "content": each.prompt}
+        for each in getattr(persona, "PROMPTS", ())
     ]
 
 

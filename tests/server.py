@@ -384,7 +384,8 @@ class Account:
 
     def share_model(self, id: str, grants: list[JSON] | None = None) -> None:
         """Let everybody (or who is granted) use a model."""
-        body = {"id": id, "name": id, "access_grants": grants or EVERYBODY}
+        name = self.models()[id]["name"]  # a new row would show the id instead
+        body = {"id": id, "name": name, "access_grants": grants or EVERYBODY}
         self.call("POST", "/api/v1/models/model/access/update", body)
 
     def save_model(self, id: str, **fields: Any) -> JSON:

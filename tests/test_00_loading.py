@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -26,6 +26,9 @@ from tests.webui import (
     load_on_a_thread,
     pending_tasks,
 )
+
+if TYPE_CHECKING:
+    from tests.simulator import Simulator
 
 MODEL = "openai/gpt-5-mini"  # reasons, so there is something to keep
 OPTIONAL = ("lz4", "redis")
@@ -178,6 +181,34 @@ def test_the_hosts_tables_stay_the_hosts(fresh: Loaded) -> None:
 
     assert not [name for name in Base.metadata.tables if name.startswith("pipe_")]
     assert fresh.module.__name__.startswith("function_loading_")
+
+
+async def test_a_turn_in_flight_outlives_its_pipe(simulator: Simulator) -> None:
+    loaded = load("loading")
+    valves = {"BASE_URL": simulator.base_url, "API_KEY": simulator.api_key}
+    body = {
+        "model": f"loading.{MODEL}",
+        "messages": [{"role": "user", "content": "bench deltas=20 delay_ms=10"}],
+        "stream": True,
+    }
+    before = pending_tasks()
+    answer = await loaded.call(body, valves=valves)
+    first = await anext(answer)
+    trace = weakref.ref(loaded.pipe)
+
+    loaded.unload()
+    del loaded
+    load("loading").unload()
+    gc.collect()
+    rest = [each async for each in answer]
+    del answer, first
+    for _ in range(20):
+        gc.collect()
+        await asyncio.sleep(0.05)
+
+    assert "word19" in str(rest)
+    assert trace() is None
+    assert pending_tasks() <= before
 
 
 # Valves -------------------------------------------------------------------------------
