@@ -6,7 +6,7 @@ PYTHON ?= $(shell for each in python3.11 python3.12 python3; do \
 OPEN_WEBUI ?= 0.12.4
 BIN := .venv/bin
 READY := .venv/ready
-PLUGIN := open_webui_openrouter_pipe
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 ARGS ?=
 
 .PHONY: help venv demo test test-fast check format bench
@@ -42,7 +42,7 @@ bench: $(READY) ## measure the pipe under load
 $(READY): pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed; say where: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps open-webui==$(OPEN_WEBUI)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/lib/python3.*/site-packages/requirements-slim.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) --no-deps open-webui==$(OPEN_WEBUI)
+	$(INSTALL) -r .venv/lib/python3.*/site-packages/requirements-slim.txt
+	$(INSTALL) --editable '.[dev]'
 	@touch $@

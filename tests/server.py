@@ -329,6 +329,8 @@ class Account:
         self.call("POST", "/api/v1/users/user/settings/update", body)
 
     # Functions and valves (an admin's) ------------------------------------------------
+    # The admin page fetches the models after each change, and so do we: the server
+    # routes chats by the list that it made last.
 
     def install_function(self, id: str, source: str, name: str = "") -> None:
         """Paste a function into the admin page and switch it on."""
@@ -338,15 +340,18 @@ class Account:
     def toggle_function(self, id: str) -> None:
         """Switch a function on, or off again."""
         self.call("POST", f"/api/v1/functions/id/{id}/toggle")
+        self.models()
 
     def update_function(self, id: str, source: str, name: str = "") -> None:
         """Save another source in the admin's editor."""
         body = _function(id, source, name)
         self.call("POST", f"/api/v1/functions/id/{id}/update", body)
+        self.models()
 
     def delete_function(self, id: str) -> None:
         """Remove a function."""
         self.call("DELETE", f"/api/v1/functions/id/{id}/delete")
+        self.models()
 
     def functions(self) -> dict[str, JSON]:
         """Return the installed functions by their ids."""
@@ -355,7 +360,9 @@ class Account:
     def set_valves(self, id: str, valves: Mapping[str, Any]) -> JSON:
         """Save a function's valves; what is not named goes back to its default."""
         path = f"/api/v1/functions/id/{id}/valves/update"
-        return self.call("POST", path, dict(valves))
+        saved = self.call("POST", path, dict(valves))
+        self.models()
+        return saved
 
     def get_valves(self, id: str) -> JSON:
         """Return the valves that are saved."""
