@@ -28,7 +28,7 @@ class Settings:
     management_key: str = MANAGEMENT_KEY
     seed: int = 0
     pace: float = 0.025
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
     validate: bool = True
     error_style: str | None = None
     byok: bool = False

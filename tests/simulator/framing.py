@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from .replies import Frame, Reply
 from .wire import KEEP_ALIVE, Chunk
@@ -46,7 +47,7 @@ def split_at(*offsets: int) -> Frame:
     def frame(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         whole = b"".join(chunk for _, chunk in chunks)
         cuts = [0, *sorted(offsets), len(whole)]
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             yield 0.0, whole[start:end]
 
     return frame
@@ -71,15 +72,10 @@ def crlf(chunk: bytes) -> bytes:
 
 def crlf_torn(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     """End lines with CR LF, and cut between the two."""
-    rest = b""
     for delay, chunk in chunks:
-        *ready, rest = (rest + crlf(chunk)).split(b"\r")
-        for number, part in enumerate(ready):
-            yield (0.0 if number else delay), part + b"\r"
-            ready[number] = b""
-        if b"\r" not in chunk and not ready:
-            continue
-    yield 0.0, rest
+        torn = re.findall(rb"[^\r]*\r|[^\r]+$", crlf(chunk))
+        for number, part in enumerate(torn):
+            yield (0.0 if number else delay), part
 
 
 def no_space(chunk: bytes) -> bytes:

@@ -125,7 +125,7 @@ def ending(type_: str, status: str, change: Change = _same, **fields: Any) -> En
 
     def play(stage: Stage) -> Iterator[Step]:
         response = change(stage.finish(status, **fields))
-        stage.scene.usage = response.get("usage") or {}
+        stage.scene.usage.update(response.get("usage") or {})
         yield say(type_, response=response)
 
     return play
@@ -181,6 +181,7 @@ def message(
     annotations: Sequence[dict[str, Any]] = (),
     announce: bool = True,
     closes: bool = True,
+    status: str = "completed",
     phase: str | None = None,
 ) -> Part:
     """Play a text message; one that does not close is left incomplete."""
@@ -205,8 +206,8 @@ def message(
             yield Deltas({"type": "response.output_text.delta", **where}, texts, delay)
         stage.text_length += len(whole)
         part = part | {"text": whole, "annotations": list(annotations)}
-        status = "completed" if closes else "incomplete"
-        stage.output[index] = item | {"status": status, "content": [part]}
+        final = status if closes else "incomplete"
+        stage.output[index] = item | {"status": final, "content": [part]}
         if closes:
             yield from _annotated(where, annotations if announce else ())
             yield say("response.output_text.done", **where, text=whole, logprobs=[])
@@ -687,6 +688,11 @@ def image(
     return compose(picture(forms[form], previews, delay, streams), *after)
 
 
+def png_base64() -> str:
+    """Draw a picture as bare base64."""
+    return base64.b64encode(png()).decode()
+
+
 def refusal(text: str = "I cannot help with that.", delay: float = 0.0) -> Reply:
     """Refuse."""
     return compose(refusal_part(text, delay=delay))
@@ -808,6 +814,26 @@ def events(entries: Iterable[Any], cut: str = "done") -> Reply:
     if cut == "mid-line":
         return cut_mid_line(Reply(play, "eof"))
     return Reply(play, cut)
+
+
+def edited(reply: Reply, change: Change) -> Reply:
+    """Change every event of a reply but its deltas."""
+
+    def play(scene: Scene) -> Iterator[Step]:
+        for step in reply.play(scene):
+            is_event = isinstance(step, Say)
+            yield Say(change(step.event), step.delay) if is_event else step
+
+    return replace(reply, play=play)
+
+
+def served_by(reply: Reply, slug: str) -> Reply:
+    """Report another model than the one that was asked."""
+
+    def play(scene: Scene) -> Iterator[Step]:
+        return reply.play(replace(scene, model=replace(scene.model, slug=slug)))
+
+    return replace(reply, play=play)
 
 
 def cut_mid_line(reply: Reply) -> Reply:

@@ -54,6 +54,16 @@ def parsed(raw: bytes, content_type: str) -> Any:
         return None
 
 
+def is_worth_packing(request: web.Request, response: web.StreamResponse) -> bool:
+    """Tell whether gzip is asked for, allowed and useful."""
+    return (
+        isinstance(response, web.Response)
+        and response.content_type == JSON_TYPE
+        and len(response.body or b"") > 1_000
+        and "gzip" in request.headers.get("Accept-Encoding", "")
+    )
+
+
 class Server:
     """Serve one backend."""
 
@@ -114,10 +124,8 @@ class Server:
             raise
         facts = {"status": response.status, "ended": clock()}
         ledger.update(entry, finished=entry.status != 0, **facts)
-        if isinstance(response, web.Response) and len(response.body or b"") > 1_000:
-            if "gzip" in request.headers.get("Accept-Encoding", ""):
-                if response.content_type == JSON_TYPE:
-                    response.enable_compression(web.ContentCoding.gzip)
+        if is_worth_packing(request, response):
+            response.enable_compression(web.ContentCoding.gzip)
         return response
 
     async def _answered(
@@ -244,6 +252,8 @@ class Server:
         self, request: web.Request, reply: Reply, scene: Scene, chat: bool
     ) -> web.StreamResponse:
         """Answer with one JSON: the response of the terminal event."""
+        if reply.end == "stall":
+            return await self._broken(request, reply, scene, None)
         steps = list(reply.play(scene))
         await asyncio.sleep(duration(steps))
         final = terminal_of(expand(steps))

@@ -670,16 +670,16 @@ def abilities(body: Body, model: Resolved) -> Rejection | None:
     return None
 
 
+IMAGE_ADDRESS = re.compile(r"https?://|data:image/[\w.+-]+;base64,")
+
+
 def pictures(body: Body, model: Resolved) -> Rejection | None:
     """Refuse an image that is neither a web address nor a data URL."""
-    for part in media_parts(body):
-        url = part.get("image_url")
-        if part.get("type") == "input_image" and url is not None:
-            if not re.match(r"https?://|data:image/[\w.+-]+;base64,", url):
-                return _provider_error(
-                    model.slug, "Invalid image URL", "invalid_image_url"
-                )
-    return None
+    parts = (p for p in media_parts(body) if p.get("type") == "input_image")
+    urls = (url for part in parts if (url := part.get("image_url")) is not None)
+    if all(IMAGE_ADDRESS.match(url) for url in urls):
+        return None
+    return _provider_error(model.slug, "Invalid image URL", "invalid_image_url")
 
 
 def context_length(body: Body, model: Resolved) -> Rejection | None:
@@ -728,21 +728,21 @@ def pairing(body: Body, model: Resolved) -> Rejection | None:
     return None
 
 
-FAULTS = {
+UNVERIFIED = (
+    "The encrypted content could not be verified. Reason: Encrypted content could not be "
+    "decrypted or parsed."
+)
+NOT_FOUND = (
+    "Item with id '{id}' not found. Items are not persisted when `store` is set to "
+    "false. Try again with `store` set to true, or remove this item from your input."
+)
+FAULTS: dict[str, tuple[str, str | None]] = {
     "signature": (
         "messages.1.content.0: Invalid `signature` in `thinking` block",
         None,
     ),
-    "encrypted": (
-        "The encrypted content could not be verified. Reason: Encrypted content could "
-        "not be decrypted or parsed.",
-        "invalid_encrypted_content",
-    ),
-    "not_found": (
-        "Item with id '{id}' not found. Items are not persisted when `store` is set to "
-        "false. Try again with `store` set to true, or remove this item from your input.",
-        None,
-    ),
+    "encrypted": (UNVERIFIED, "invalid_encrypted_content"),
+    "not_found": (NOT_FOUND, None),
 }
 FOLLOWERS = ("function_call", "custom_tool_call", "reasoning", "web_search_call")
 

@@ -7,6 +7,7 @@ import random
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 Event = dict[str, Any]
@@ -150,7 +151,7 @@ def pieces(text: str, deltas: int | Sequence[str] | None = None) -> list[str]:
         return _words(text)
     if isinstance(deltas, int):
         cuts = [len(text) * n // deltas for n in range(deltas + 1)]
-        return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [text[a:b] for a, b in pairwise(cuts)]
     return list(deltas)
 
 
