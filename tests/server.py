@@ -75,6 +75,17 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
+def cluster_env(database_url: str, redis_url: str, workers: int = 3) -> dict[str, str]:
+    """Return the settings of several workers that share PostgreSQL and a Redis."""
+    return {
+        "DATABASE_URL": database_url,
+        "REDIS_URL": redis_url,
+        "WEBSOCKET_MANAGER": "redis",
+        "WEBSOCKET_REDIS_URL": redis_url,
+        "UVICORN_WORKERS": str(workers),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """What a server's processes use at one moment, its workers included."""
@@ -736,14 +747,11 @@ class OpenWebUI:
         if self._process is None:
             return
         process, self._process = self._process, None
-        group = process.pid  # a new session: its group has the first process' id
+        processes = _family(process.pid) if process.poll() is None else []
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, number)
-            try:
-                process.wait(grace_seconds)
-            except subprocess.TimeoutExpired:
-                continue
+                os.killpg(process.pid, number)  # the first of a session names its group
+            psutil.wait_procs(processes, grace_seconds)
         process.wait()
 
     def restart(self) -> None:
@@ -761,21 +769,21 @@ class OpenWebUI:
 
     def footprint(self) -> Footprint:
         """Return what the server uses now, its workers included."""
-        figures = [_measure(process) for process in self._processes()]
+        figures = [_measure(process) for process in self.processes()]
         return Footprint(*(sum(column) for column in zip(*figures, strict=True)))
 
     def connections_to(self, port: int) -> int:
         """Return how many TCP connections are open to a port, say the simulator's."""
         return sum(
             connection.raddr.port == port and connection.status == "ESTABLISHED"
-            for process in self._processes()
+            for process in self.processes()
             for connection in process.net_connections("tcp")
             if connection.raddr
         )
 
-    def _processes(self) -> list[psutil.Process]:
-        first = psutil.Process(self.pid)
-        return [first, *first.children(recursive=True)]
+    def processes(self) -> list[psutil.Process]:
+        """Return the server's processes, the first one first."""
+        return _family(self.pid)
 
     def _wait_healthy(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -846,6 +854,12 @@ def _function(id: str, source: str, name: str) -> JSON:
         "content": source,
         "meta": {"description": name or id},
     }
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that it started."""
+    first = psutil.Process(pid)
+    return [first, *first.children(recursive=True)]
 
 
 def _measure(process: psutil.Process) -> tuple[float, int, int, int, int]:

@@ -25,6 +25,7 @@ from tests.webui import (
     load_by_host,
     load_on_a_thread,
     pending_tasks,
+    pieces,
 )
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ async def test_a_turn_in_flight_outlives_its_pipe(simulator: Simulator) -> None:
         "stream": True,
     }
     before = pending_tasks()
-    answer = await loaded.call(body, valves=valves)
+    answer = pieces(await loaded.call(body, valves=valves))
     first = await anext(answer)
     trace = weakref.ref(loaded.pipe)
 

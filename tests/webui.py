@@ -12,7 +12,7 @@ import inspect
 import sys
 import types
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +103,7 @@ class Loaded:
     async def stream(self, body: JSON, **options: Any) -> list[Any]:
         """Call the pipe with `stream` on, and return everything it yields."""
         answer = await self.call({**body, "stream": True}, **options)
-        if not hasattr(answer, "__aiter__"):
-            return [answer]
-        return [each async for each in answer]
+        return [each async for each in pieces(answer)]
 
     def unload(self) -> None:
         """Forget the module, as when the function is deleted and the worker restarts."""
@@ -159,6 +157,16 @@ async def load_by_host(
     loaded = Loaded(function_id, module, pipe, frontmatter)
     _publish(loaded)
     return loaded
+
+
+async def pieces(answer: Any) -> AsyncGenerator[Any]:
+    """Yield what the host reads from an answer: a generator's, a response's, or one."""
+    answer = getattr(answer, "body_iterator", answer)
+    if not hasattr(answer, "__aiter__"):
+        yield answer
+        return
+    async for each in answer:
+        yield each
 
 
 def pending_tasks() -> set[asyncio.Task[Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server import Account, OpenWebUI, Refused
+from tests.server import Account, OpenWebUI, Refused, cluster_env
 
 ECHO = '''"""
 title: Echo
@@ -188,3 +188,17 @@ def test_the_server_says_what_it_uses(server: OpenWebUI) -> None:
 def test_a_refusal_says_why(echo: Account) -> None:
     with pytest.raises(Refused, match=r"400: .*alphanumeric"):
         echo.install_function("not-an-id", ECHO)
+
+
+def test_workers_share_a_database_and_a_redis(
+    postgres_url: str, redis_url: str
+) -> None:
+    with OpenWebUI(cluster_env(postgres_url, redis_url)) as server:
+        server.admin.install_function("echo", ECHO)
+        chats = [server.admin.chat("echo.one", "hello") for _ in range(6)]
+
+        assert [chat.text for chat in chats] == ["You said: hello (1)"] * 6
+        assert len(server.processes()) >= 4
+        processes = server.processes()
+
+    assert not any(process.is_running() for process in processes)
