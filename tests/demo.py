@@ -78,10 +78,13 @@ def prepare(admin: Account, valves: JSON) -> int:
         admin.update_function(FUNCTION_ID, source, "OpenRouter")
         if not installed["is_active"]:
             admin.toggle_function(FUNCTION_ID)
-    admin.set_valves(FUNCTION_ID, admin.get_valves(FUNCTION_ID) | valves)
+    kept = admin.get_valves(FUNCTION_ID)
+    kept.pop("BASE_URL", None)  # a simulator's of an earlier run
+    admin.set_valves(FUNCTION_ID, kept | valves)
     admin.dismiss_news()
-    if prompts := suggestions():
-        admin.call("POST", "/api/v1/configs/suggestions", {"suggestions": prompts})
+    if "BASE_URL" in valves:
+        body = {"suggestions": suggestions()}
+        admin.call("POST", "/api/v1/configs/suggestions", body)
     return sum(name.startswith(f"{FUNCTION_ID}.") for name in admin.models())
 
 
