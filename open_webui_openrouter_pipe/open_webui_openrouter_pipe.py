@@ -1941,6 +1941,16 @@ class Closed(NamedTuple):
     item: JsonObject
 
 
+class Keep(NamedTuple):
+    """An item verbatim, as the provider wants it back; the last one of a slot counts.
+
+    `slot` is None for an item that the chat does not show.
+    """
+
+    slot: int | None
+    item: JsonObject
+
+
 class Sourced(NamedTuple):
     """A citation, once per address."""
 
@@ -1975,7 +1985,7 @@ class Failed(NamedTuple):
     usage: JsonObject | None = None
 
 
-Output = Opened | Delta | Closed | Sourced | Pictured | Noted | Finished | Failed
+Output = Opened | Delta | Closed | Keep | Sourced | Pictured | Noted | Finished | Failed
 
 # Hosted tools that Open WebUI draws as cards (open-webui.md 5.4 c).
 _DRAWN = frozenset({"web_search_call", "file_search_call", "computer_call"})
@@ -2072,8 +2082,9 @@ class Relay:
     came, further input is normal and yields nothing.
     """
 
-    def __init__(self, call_ids: Collection[str] = ()) -> None:
+    def __init__(self, call_ids: Collection[str] = (), first_slot: int = 0) -> None:
         self.finished = False
+        self._first_slot = first_slot
         self._items: dict[int, _Open] = {}  # by upstream's output_index
         self._order: list[_Open] = []
         self._thinking: list[_Open] = []  # thoughts that nothing has followed yet
@@ -2110,7 +2121,7 @@ class Relay:
             self._hidden.add(index)
             return []
         state = _Open(
-            len(self._order),
+            self._first_slot + len(self._order),
             kind,
             new_id(_ID_PREFIX[kind]),
             item.raw,
@@ -2259,17 +2270,27 @@ class Relay:
         index = _index(event, item.type)
         opened = [] if index in self._items else self._begin(index, item)
         state = self._items.get(index)
-        return [*opened, *(self._finish_item(state, item) if state else [])]
+        if state is None:
+            return [Keep(None, item.raw)]
+        return [*opened, *self._finish_item(state, item)]
 
     def _finish_item(self, state: _Open, item: Item) -> list[Output]:
         """Return what the final item adds to what was streamed of it."""
-        state.raw = item.raw
+        state.raw = {**item.raw, **state.raw} if state.is_closed else item.raw
         state.name = state.name or item.name
         return [
             *self._complete(state, _whole(item)),
             *self._cite(item.citations),
+            self._kept(state),
             self._close(state),
         ]
+
+    def _kept(self, state: _Open) -> Keep:
+        """Return the item verbatim, but for a call id that had to be made ours."""
+        if state.kind != "function_call":
+            return Keep(state.slot, state.raw)
+        own = {"call_id": state.call_id, "arguments": state.text.strip() or "{}"}
+        return Keep(state.slot, {**state.raw, **own})
 
     def _completed(self, event: Event) -> list[Output]:
         return self._end_with(event.snapshot, None)
@@ -2307,7 +2328,8 @@ class Relay:
         return self._pictured > 0 or any(texts)
 
     def _length_remark(self) -> PipeError:
-        return OutputLimit() if self._has_answer() else ThoughtLimit()
+        kinds = {state.kind for state in self._order}
+        return ThoughtLimit() if kinds == {"reasoning"} else OutputLimit()
 
     def _absorb(self, snapshot: Snapshot) -> list[Output]:
         """Return what stands only in the final snapshot.
@@ -2325,7 +2347,8 @@ class Relay:
             elif kind and streamed[kind]:
                 state = streamed[kind].pop(0)
                 outputs += self._cite(item.citations)
-                if not state.is_closed or len(_whole(item)) > len(state.text):
+                says_more = len(_whole(item)) > len(state.text)
+                if not state.is_closed or says_more or item.raw.keys() - state.raw:
                     outputs += self._finish_item(state, item)
             elif kind and (kind != "reasoning" or item.text):
                 index = _UNSTREAMED - len(self._order)
@@ -2521,6 +2544,8 @@ class ResponsesFace:
             case Failed(error, usage):
                 spent = [{"choices": [], "usage": usage}] if usage else []
                 return [*spent, _failure(error)]
+            case Keep():
+                return []
 
 
 def tool_call(item: JsonObject) -> JsonObject:
