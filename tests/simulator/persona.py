@@ -73,7 +73,7 @@ def test_fibonacci() -> None:
     assert [next(numbers) for _ in range(6)] == [0, 1, 1, 2, 3, 5]
 ```
 
-It uses constant memory, and $F_n \\\\approx \\\\varphi^n / \\\\sqrt{5}$.
+It uses constant memory, and $F_n \\approx \\varphi^n / \\sqrt{5}$.
 '''
 CITED = (
     "Fjords are long, narrow inlets that glaciers carved [1]. The deepest in Norway is "
@@ -84,24 +84,27 @@ CITED_SOURCES = (
     url_citation("https://example.org/sognefjord", "Sognefjord", 56, 103),
     url_citation("https://example.com/fjords", "Fjords, an introduction", 104, 130),
 )
+ROCKS = (
+    "The boat followed it, turn by turn, past the rocks that had names and the ones "
+    "that had none."
+)
 STORY = (
     "The lighthouse keeper counted ships the way others count sheep.",
     "One evening a small boat came that was on no list, and it had no lamp.",
     "She lit the great lens early, and the beam went out over the water like a road.",
-    "The boat followed it, turn by turn, past the rocks that had names and the ones "
-    "that had none.",
-    "When it landed, a boy stepped out with a cat under his coat, and asked whether "
-    "this was the end of the sea.",
+    ROCKS,
+    "When it landed, a boy stepped out with a cat, and asked if this was the sea's end.",
     "'No,' she said, 'but it is a good place to turn around.'",
     "They drank tea until the fog lifted, and the cat chose the chair by the stove.",
 )
 REFUSED = "I cannot help with that. Ask me about rivers, fjords or lighthouses instead."
-THOUGHTS = (
-    "**Reading the question**\n\nThe user wants a clear answer; I look for what matters "
-    "first.\n\n",
-    "**Choosing a form**\n\nShort paragraphs will do, and one example says more than "
-    "three rules.",
-)
+THOUGHTS = """**Reading the question**
+
+The user wants a clear answer; I look for what matters first.
+
+**Choosing a form**
+
+Short paragraphs will do, and one example says more than three rules."""
 PLAIN = (
     "I am a simulated {name}, so my wisdom is scripted. You wrote: “{asked}”.\n\n"
     "Some things to try: ask for **a table**, **some code**, **an image**, "
@@ -124,7 +127,7 @@ def thinking(scene: Scene) -> list[Part]:
     """Think first, if the model does."""
     if not thoughtful(scene):
         return []
-    return [thought("".join(THOUGHTS), delay=scene.pace)]
+    return [thought(THOUGHTS, delay=scene.pace)]
 
 
 def spoken(scene: Scene, text: str) -> AnyReply:
@@ -279,6 +282,7 @@ ACTS: tuple[Act, ...] = (
         refuse,
     ),
 )
+ORDERS = ACTS[:3]  # these win over tools
 TOOL_PROMPT = Prompt(
     "Tool call",
     "Use a tool: what is the weather in Oslo?",
@@ -408,20 +412,20 @@ def task_answer(prompt: str) -> str:
 
 def answer(scene: Scene) -> AnyReply:
     """Answer a request that nobody scripted."""
-    return next(reply for reply in _candidates(scene) if reply is not None)
+    return next(_candidates(scene))
 
 
-def _candidates(scene: Scene) -> Iterator[AnyReply | None]:
+def _candidates(scene: Scene) -> Iterator[AnyReply]:
     asked = last_user_text(scene)
     if asked.lstrip().startswith(TASK):
         yield replies.text(task_answer(asked))
+    acts = [act for act in ACTS if act.trigger.search(asked)]
+    yield from (act.play(scene) for act in acts if act in ORDERS)
     if results := outputs(scene):
         yield report(scene, results)
-    for act in ACTS:
-        if act.trigger.search(asked):
-            yield act.play(scene)
     if tools := wanted_tools(scene):
         yield call_tools(scene, tools)
+    yield from (act.play(scene) for act in acts)
     if "text" not in scene.row["architecture"]["output_modalities"]:
         yield draw(scene)
     name = scene.row["name"].partition(": ")[2] or scene.row["name"]
