@@ -523,6 +523,20 @@ FREE = (
     "qwen/qwen3-coder",
     "z-ai/glm-4.5",
 )
+BRANDS = {
+    "openai": "OpenAI",
+    "deepseek": "DeepSeek",
+    "mistralai": "Mistral",
+    "gpt": "GPT",
+    "glm": "GLM",
+    "moonshotai": "MoonshotAI",
+    "minimax": "MiniMax",
+    "nvidia": "NVIDIA",
+    "nousresearch": "Nous",
+    "qwen": "Qwen",
+    "ibm": "IBM",
+}
+OWNERS = {"x-ai": "xAI", "z-ai": "Z.ai", "meta-llama": "Meta", "allenai": "AllenAI"}
 BATCH_AUTHORS = ("openai", "anthropic", "google")
 
 
@@ -612,7 +626,7 @@ def row_of(owner: str, spec: Spec) -> Row:
         "id": id_,
         "canonical_slug": slug,
         "hugging_face_id": (None, "", id_)[mark % 3],
-        "name": f"{_title(owner)}: {spec.name}",
+        "name": f"{OWNERS.get(owner) or _title(owner)}: {spec.name}",
         "created": BORN + mark % 50_000_000,
         "description": f"{spec.name} is a simulated model of [{owner}](https://example.com).",
         "context_length": spec.context,

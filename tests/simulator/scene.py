@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cache
 from typing import Any
 
 from .catalog import Catalog, Resolved, Row
@@ -212,9 +213,15 @@ class Scene:
         return response | given | changes
 
 
+@cache
+def default_catalog() -> Catalog:
+    """Build the default catalog once."""
+    return Catalog()
+
+
 def still_scene(body: Body, catalog: Catalog | None = None, seed: int = 0) -> Scene:
     """Set a scene without a server: a fixed clock, seeded ids."""
-    catalog = catalog or Catalog()
+    catalog = catalog or default_catalog()
     model = catalog.resolve(body.get("model")) or catalog.resolve(None)
     assert model is not None
     return Scene(body, model, Ids(seed))
