@@ -32,6 +32,7 @@ import asyncio
 import base64
 import codecs
 import difflib
+import io
 import json
 import logging
 import os
@@ -1003,10 +1004,6 @@ class _TimeLimit:
             raise (TookTooLong() if self._is_last else TimedOut()) from None
 
 
-def _time_limit(idle: float, deadline: float | None) -> _TimeLimit:
-    return _TimeLimit(idle, deadline)
-
-
 class EventStream:
     """The events of one response, as many at a time as have arrived.
 
@@ -1030,7 +1027,7 @@ class EventStream:
 
         Raise TimedOut when only silence or comments come, ConnectionLost on a cut.
         """
-        async with _time_limit(self._idle, self._deadline):
+        async with _TimeLimit(self._idle, self._deadline):
             while not self._over:
                 with translated():
                     chunk = await self._response.content.readany()
@@ -1080,6 +1077,7 @@ Answer = EventStream | WholeAnswer
 _HEADERS = {
     "Accept": "text/event-stream",
     "Accept-Encoding": "identity",
+    "Content-Type": "application/json",
     "HTTP-Referer": "https://openwebui.com/",
     "X-OpenRouter-Title": "Open WebUI",
 }
@@ -1145,11 +1143,11 @@ class Gateway:
         total = valves.HTTP_TOTAL_TIMEOUT_SECONDS
         deadline = loop.time() + total if total else None
         headers = {"Authorization": f"Bearer {api_key(valves)}", **_HEADERS}
-        async with _time_limit(valves.HTTP_STREAM_IDLE_SECONDS, deadline):
+        async with _TimeLimit(valves.HTTP_STREAM_IDLE_SECONDS, deadline):
             with translated():
                 response = await self._client().post(
                     f"{valves.BASE_URL}/responses",
-                    json=body,
+                    data=io.BytesIO(json.dumps(body).encode()),
                     headers=headers,
                     timeout=_timeout(valves),
                 )
@@ -2984,7 +2982,8 @@ class Runtime:
     def refresh(self, settings: Settings) -> None:
         """Take note of the settings and of the loop that everything runs on."""
         self._loop = asyncio.get_running_loop()
-        LOG.setLevel(settings.LOG_LEVEL)
+        if LOG.level != getattr(logging, settings.LOG_LEVEL):  # setting it is dear
+            LOG.setLevel(settings.LOG_LEVEL)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a background task that ends with the runtime at the latest."""
