@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from tests.simulator import Remote, Simulator, replies, scenario
-from tests.simulator.catalog import Catalog
+from tests.simulator.catalog import Catalog, Resolved
 from tests.simulator.scene import compute_cost
-from tests.simulator.validation import Policy, unknown_keys
+from tests.simulator.validation import KNOWN_KEYS, Policy, judge, unknown_keys
 
 ROOT = Path(__file__).parents[1]
 MODEL = "openai/gpt-4o"
@@ -49,7 +49,7 @@ def sim(shared: Simulator) -> Simulator:
 
 
 @contextmanager
-def client_of(sim: Simulator, **headers: str) -> Iterator[httpx.Client]:
+def client_of(sim: Simulator, **headers: str) -> Generator[httpx.Client]:
     authorization = {"Authorization": f"Bearer {sim.api_key}"}
     with httpx.Client(
         base_url=sim.base_url,
@@ -341,6 +341,23 @@ def test_leniency_can_be_switched_on() -> None:
         assert ask(client, image).status_code == 200
 
 
+NONSENSE: tuple[Any, ...] = (
+    *(None, 1, True, "x", [], {}, [1], [None], [[]], [{}], {"type": []}),
+    *([{"type": []}], [{"type": "message"}], [{"role": []}], [{"id": {}}]),
+    *([{"role": "user", "content": [{}]}], [{"role": "assistant", "content": [1]}]),
+    *([{"type": "function", "name": 1}], [{"type": "reasoning", "summary": [1]}]),
+    {"format": {"type": {}}, "effort": [], "order": 1, "max_price": []},
+)
+
+
+@pytest.mark.parametrize("key", sorted(KNOWN_KEYS))
+def test_nonsense_gets_a_verdict_too(key: str) -> None:
+    catalog = Catalog()
+    for value in NONSENSE:
+        verdict = judge({"model": MODEL, "input": "Hi", key: value}, catalog)
+        assert isinstance(verdict, Resolved) or 400 <= verdict.status < 500
+
+
 def test_unknown_keys_are_listed() -> None:
     body = {"model": MODEL, "input": "", "messages": [], "max_tokens": 1, "seed": 2}
     assert unknown_keys(body) == ["max_tokens", "messages", "seed"]
@@ -494,7 +511,7 @@ def test_headers_and_ids(client: httpx.Client) -> None:
 
 
 def test_the_request_is_echoed(client: httpx.Client) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "instructions": "Be brief.",
         "tools": [TOOL],
         "tool_choice": "none",

@@ -287,7 +287,7 @@ def corrected(schema: Any) -> Any:
 
 def merged(parts: list[Any], rest: Mapping[str, Any]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
-    for part in [*parts, rest]:
+    for part in [*parts, dict(rest)]:
         if "$ref" in part:
             part = schemas()[part["$ref"].rsplit("/", 1)[1]]
         if "allOf" in part:

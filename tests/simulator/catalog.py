@@ -611,7 +611,9 @@ def _reasoning(spec: Spec) -> dict[str, Any]:
 
 
 def _defaults(mark: int) -> dict[str, Any] | None:
-    empty = dict.fromkeys(("temperature", "top_p", "top_k", "frequency_penalty"))
+    empty: dict[str, Any] = dict.fromkeys(
+        ("temperature", "top_p", "top_k", "frequency_penalty")
+    )
     return (None, {}, empty, empty | {"temperature": 0.7, "top_p": 0.95})[mark % 4]
 
 

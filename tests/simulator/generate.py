@@ -151,7 +151,7 @@ async def rerank(backend: Backend, request: web.Request, body: Body) -> web.Resp
     """Serve POST /rerank."""
     if refused := _missing("model", "query", "documents", body=body):
         return refused
-    scored = [
+    scored: list[dict[str, Any]] = [
         {
             "index": n,
             "relevance_score": relevance(body["query"], str(d)),

@@ -539,8 +539,8 @@ def event_part(*events: Event | bytes, delay: float = 0.0) -> Part:
 
     def play(stage: Stage) -> Iterator[Step]:
         for event in events:
-            raw = isinstance(event, bytes)
-            yield Raw(event, delay) if raw else Say(event, delay)  # type: ignore[arg-type]
+            is_raw = isinstance(event, bytes)
+            yield Raw(event, delay) if is_raw else Say(event, delay)
 
     return play
 

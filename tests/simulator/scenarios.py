@@ -417,7 +417,7 @@ def f7_http_date(seconds: float = 1, now: float | None = None) -> HttpReply:
 
 
 @stage_as("F7", "long")
-def f7_long(retry_after: float = 600) -> HttpReply:
+def f7_long(retry_after: float = 600) -> AnyReply:
     """Be rate limited for too long."""
     return f7(retry_after)
 

@@ -59,7 +59,8 @@ def is_worth_packing(request: web.Request, response: web.StreamResponse) -> bool
     return (
         isinstance(response, web.Response)
         and response.content_type == JSON_TYPE
-        and len(response.body or b"") > 1_000
+        and isinstance(response.body, bytes)
+        and len(response.body) > 1_000
         and "gzip" in request.headers.get("Accept-Encoding", "")
     )
 

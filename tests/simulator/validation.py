@@ -204,7 +204,7 @@ def tagged(table: Mapping[str, Judge], what: str, key: str = "type") -> Judge:
 
     def judge(value: Any, path: Path) -> Iterator[Issue]:
         tag = value.get(key) if isinstance(value, dict) else None
-        if tag not in table:
+        if not isinstance(tag, str) or tag not in table:
             yield Issue((*path, key), f"Invalid {what}: {tag!r}")
         else:
             yield from table[tag](value, path)
@@ -349,9 +349,11 @@ def item(value: Any, path: Path) -> Iterator[Issue]:
     if issues:
         return
     kind = value.get("type", "message")
-    if kind in ITEMS:
+    if not isinstance(kind, str):
+        yield Issue((*path, "type"), expected("string", kind))
+    elif kind in ITEMS:
         yield from ITEMS[kind](value, path)
-    elif isinstance(kind, str) and kind.startswith("openrouter:"):
+    elif kind.startswith("openrouter:"):
         yield from shape({"status": NATIVE_STATUS})(value, path)
     elif kind not in FREE_ITEMS:
         yield Issue((*path, "type"), f"Invalid item type: {kind!r}")

@@ -91,7 +91,7 @@ class Raw:
 Step = Say | Deltas | Raw
 
 
-def say(type_: str, delay: float = 0.0, **fields: Any) -> Say:
+def say(type_: str, delay: float = 0.0, /, **fields: Any) -> Say:
     """Build a `Say` of a typed event."""
     return Say({"type": type_, **fields}, delay)
 
