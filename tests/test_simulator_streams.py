@@ -23,11 +23,13 @@ from tests.simulator import (
     scenario,
     variants,
 )
+from tests.simulator.catalog import Catalog
 from tests.simulator.framing import framed, sizes, split_at
 from tests.simulator.persona import PROMPTS
 from tests.simulator.replies import Reply
 from tests.simulator.scenarios import has_reasoning
 from tests.simulator.scene import still_scene
+from tests.simulator.side import providers
 
 REFERENCE = Path(
     os.environ.get("OPENROUTER_REFERENCE")
@@ -358,6 +360,50 @@ def test_json_answers_and_rows_fit_the_schemas() -> None:
             assert not faults("Model", row), row["id"]
 
 
+def snapshot(name: str) -> list[dict[str, Any]]:
+    path = REFERENCE / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here")
+    return json.loads(path.read_bytes())["data"]
+
+
+def shape_of(rows: list[dict[str, Any]], *path: str) -> dict[str, set[str]]:
+    """Map each key to the types of its values, in rows or in an object of theirs."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        inner: Any = row
+        for key in path:
+            inner = inner.get(key) or {}
+        for key, value in inner.items():
+            found.setdefault(key, set()).add(type(value).__name__)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        (),
+        ("architecture",),
+        ("pricing",),
+        ("top_provider",),
+        ("reasoning",),
+        ("links",),
+    ],
+    ids="-".join,
+)
+def test_the_catalog_has_the_shapes_of_the_real_one(path: tuple[str, ...]) -> None:
+    real = shape_of(snapshot("openrouter-models.json"), *path)
+    ours = shape_of(Catalog().rows, *path)
+    assert set(real) <= set(ours)
+    for key in set(real) & set(ours):
+        assert ours[key] >= real[key] - {"int"}, key
+
+
+def test_providers_have_the_shape_of_the_real_ones() -> None:
+    real = shape_of(snapshot("openrouter-providers.json"))
+    assert shape_of(providers()) == real
+
+
 # The faults of §9.5
 
 STATUSES: dict[str, dict[str, int]] = {
@@ -596,7 +642,7 @@ def test_connections_end_as_written(
     sim.script(scenario(name, variant))
     got = b""
     with (
-        opened(sim, timeout=0.5) as own,
+        opened(sim, timeout=0.5 if name == "F23" else 10) as own,
         pytest.raises(problem) if problem else nullcontext(),
         own.stream("POST", "/responses", json=STREAMED) as response,
     ):
@@ -617,7 +663,7 @@ def test_waiting_for_the_first_token(sim: Simulator, client: httpx.Client) -> No
     sim.script(scenario("F24", seconds=0.3, interval=0.1))
     began = time.monotonic()
     data = client.post("/responses", json=STREAMED).content
-    assert 0.3 <= time.monotonic() - began < 0.8
+    assert 0.3 <= time.monotonic() - began < 3
     assert data.count(b": OPENROUTER PROCESSING") == 4
     assert text_of(events_of(data)) == "Hello."
 
@@ -864,7 +910,7 @@ def test_the_benchmark_gets_what_it_orders(
     happened = events_of(data)
     text = text_of(happened) if path == "/responses" else joined(happened, "content")
     assert text.split() == [f"word{n}" for n in range(300)]
-    assert 0.3 <= took < 1.0
+    assert 0.3 <= took < 3
 
 
 def test_many_deltas_are_rendered_in_linear_time() -> None:
@@ -990,4 +1036,4 @@ def test_the_persona_speaks_at_a_human_pace() -> None:
         took = time.monotonic() - began
     deltas = types(happened).count("output_text.delta")
     assert deltas > 10
-    assert deltas * 0.01 <= took < deltas * 0.01 + 1
+    assert deltas * 0.01 <= took < deltas * 0.01 + 3

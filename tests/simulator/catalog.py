@@ -536,6 +536,7 @@ BRANDS = {
     "qwen": "Qwen",
     "ibm": "IBM",
 }
+INSTRUCT_TYPES = {"Llama3": "llama3", "Llama2": "alpaca", "Qwen": "chatml"}
 OWNERS = {"x-ai": "xAI", "z-ai": "Z.ai", "meta-llama": "Meta", "allenai": "AllenAI"}
 BATCH_AUTHORS = ("openai", "anthropic", "google")
 
@@ -562,6 +563,8 @@ def _pricing(spec: Spec) -> dict[str, Any]:
         pricing["input_cache_read"] = _price(spec.prompt / 10)
     if "audio" in spec.inputs:
         pricing["audio"] = _price(spec.prompt)
+    if "audio" in spec.outputs:
+        pricing["audio_output"] = _price(spec.completion * 2)
     if "image" in spec.outputs:
         pricing |= {"image": _price(spec.prompt), "image_output": _price(30)}
     if spec.tokenizer == "Claude":
@@ -569,6 +572,7 @@ def _pricing(spec: Spec) -> dict[str, Any]:
         pricing["input_cache_write_1h"] = _price(spec.prompt * 2)
     if spec.tokenizer == "Gemini":
         pricing["internal_reasoning"] = _price(spec.completion)
+        pricing["input_audio_cache"] = _price(spec.prompt / 10)
     if (spec.context or 0) >= 1_000_000:
         pricing["overrides"] = [
             {
@@ -637,7 +641,7 @@ def row_of(owner: str, spec: Spec) -> Row:
             "input_modalities": inputs,
             "output_modalities": outputs,
             "tokenizer": spec.tokenizer,
-            "instruct_type": None,
+            "instruct_type": INSTRUCT_TYPES.get(spec.tokenizer),
         },
         "pricing": _pricing(spec),
         "top_provider": {

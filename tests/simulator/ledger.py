@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .scene import content_texts, items_of
+from .validation import unknown_keys
 
 
 @dataclass
@@ -33,6 +34,11 @@ class Entry:
     def model(self) -> str | None:
         """Return the requested model."""
         return self.body.get("model") if isinstance(self.body, dict) else None
+
+    @property
+    def unknown_keys(self) -> list[str]:
+        """List the top-level keys that /responses does not know."""
+        return unknown_keys(self.body) if isinstance(self.body, dict) else []
 
     @property
     def items(self) -> list[dict[str, Any]]:

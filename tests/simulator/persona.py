@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from . import replies
 from .replies import AnyReply, Part, compose, message, thought, url_citation
 from .scene import Scene, content_texts, items_of
 
-BENCH = re.compile(r"bench\s+deltas=(\d+)(?:\s+delay_ms=([\d.]+))?")
+BENCH = re.compile(r"bench\s+deltas=(\d+)(?:\s+delay_ms=([\d.]+))?(\s+stamped)?")
 TASK = "### Task:"
 
 
@@ -208,11 +209,39 @@ def stall(scene: Scene) -> AnyReply:
     return compose(begun, terminal=replies.silence, end="stall")
 
 
+class Stamped(Sequence[str]):
+    """Texts that are made when they are first read, as the one before has gone out.
+
+    Each says its number and that moment, by the clock that processes share.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._made: list[str] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(self._count))]
+        if index >= self._count:
+            raise IndexError(index)
+        while len(self._made) <= index:
+            self._made.append(f"{len(self._made)}@{time.monotonic():.6f} ")
+        return self._made[index]
+
+
 def bench(scene: Scene) -> AnyReply:
     """Stream exactly what the benchmark orders."""
     found = BENCH.search(last_user_text(scene))
     assert found is not None
-    texts = [f"word{number} " for number in range(int(found[1]))]
+    count = int(found[1])
+    texts = Stamped(count) if found[3] else [f"word{n} " for n in range(count)]
     return replies.text(deltas=texts, delay=float(found[2] or 0) / 1_000)
 
 
@@ -227,7 +256,8 @@ ACTS: tuple[Act, ...] = (
         "Benchmark",
         BENCH.pattern,
         "bench deltas=1000 delay_ms=10",
-        "exactly that many pieces of text, at that pace",
+        "exactly that many pieces of text, at that pace; with `stamped` behind it each "
+        "says when the one before was sent",
         bench,
     ),
     _act(

@@ -188,7 +188,6 @@ def message(
 
     def play(stage: Stage) -> Iterator[Step]:
         texts = pieces(text, deltas)
-        whole = "".join(texts)
         item: dict[str, Any] = {
             "id": stage.scene.ids.item("msg"),
             "type": "message",
@@ -204,6 +203,7 @@ def message(
         yield say("response.content_part.added", **where, part=part)
         if texts:
             yield Deltas({"type": "response.output_text.delta", **where}, texts, delay)
+        whole = "".join(texts)  # now: some texts are made as they go out
         stage.text_length += len(whole)
         part = part | {"text": whole, "annotations": list(annotations)}
         final = status if closes else "incomplete"
@@ -311,7 +311,7 @@ def _secrets(stage: Stage, text: str) -> dict[str, Any]:
 
 
 def _think_aloud(
-    stage: Stage, texts: list[str], delay: float, late: bool
+    stage: Stage, texts: Sequence[str], delay: float, late: bool
 ) -> Iterator[Step]:
     item: dict[str, Any] = {
         "type": "reasoning",
@@ -341,7 +341,7 @@ def _think_aloud(
 
 
 def _summarize(
-    stage: Stage, texts: list[str], delay: float, late: bool
+    stage: Stage, texts: Sequence[str], delay: float, late: bool
 ) -> Iterator[Step]:
     """Play a summary; a blank line in the text begins another summary part."""
     item: dict[str, Any] = {
@@ -368,7 +368,7 @@ def _summarize(
     yield say("response.output_item.done", output_index=index, item=stage.output[index])
 
 
-def _paragraphs(texts: list[str]) -> Iterator[list[str]]:
+def _paragraphs(texts: Sequence[str]) -> Iterator[list[str]]:
     """Group deltas into paragraphs, parted where the text has a blank line."""
     run: list[str] = []
     for text in texts:

@@ -33,7 +33,11 @@ async def serve(backend: Backend, host: str, port: int) -> tuple[Server, web.App
 
 
 class Simulator:
-    """A simulated OpenRouter that serves while it is open."""
+    """A simulated OpenRouter that serves while it is open.
+
+    Keywords beside these are the fields of `Settings`: `pace=0` answers without
+    waiting, `validate=False` accepts anything, `error_style`, `policy`, `byok`, ...
+    """
 
     def __init__(
         self,

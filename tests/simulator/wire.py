@@ -145,14 +145,14 @@ def expand(steps: Iterable[Step]) -> Iterator[Event]:
                 yield {**step.event, "delta": text}
 
 
-def pieces(text: str, deltas: int | Sequence[str] | None = None) -> list[str]:
+def pieces(text: str, deltas: int | Sequence[str] | None = None) -> Sequence[str]:
     """Split a text into deltas: given ones, `deltas` even ones, or word by word."""
     if deltas is None:
         return _words(text)
     if isinstance(deltas, int):
         cuts = [len(text) * n // deltas for n in range(deltas + 1)]
         return [text[a:b] for a, b in pairwise(cuts)]
-    return list(deltas)
+    return deltas
 
 
 def _words(text: str, group: int = 3) -> list[str]:
