@@ -103,9 +103,24 @@ def as_list(value: object) -> list[Any]:
     return cast("list[Any]", value) if isinstance(value, list) else []
 
 
+def as_objects(value: object) -> list[JsonObject]:
+    """Return a JSON array as objects; what is none of either is empty."""
+    return [as_object(each) for each in as_list(value)]
+
+
 def as_text(value: object) -> str:
     """Return a JSON string as it is, and anything else as an empty one."""
     return value if isinstance(value, str) else ""
+
+
+def as_texts(value: object) -> list[str]:
+    """Return a JSON array as strings; what is none of either is empty."""
+    return [as_text(each) for each in as_list(value)]
+
+
+def without_blanks(value: JsonObject) -> JsonObject:
+    """Return an object without the keys that hold nothing."""
+    return {key: each for key, each in value.items() if each}
 
 
 def as_number(value: object) -> float | None:
@@ -625,7 +640,7 @@ def _provider_words(error: JsonObject, metadata: JsonObject) -> str:
     words = as_text(nested.get("message")) or (raw if inner is None else "")
     words = words or as_text(error.get("message"))
     said = ": ".join(filter(None, (as_text(metadata.get("provider_name")), words)))
-    reasons = ", ".join(map(as_text, as_list(metadata.get("reasons"))))
+    reasons = ", ".join(as_texts(metadata.get("reasons")))
     return f"{said} ({reasons})" if reasons else said
 
 
@@ -794,7 +809,7 @@ def _summary_text(raw: JsonObject) -> str:
     """Return the summary, its parts set apart as paragraphs; some send plain strings."""
     parts = as_list(raw.get("summary"))
     texts = [as_text(part) or as_text(as_object(part).get("text")) for part in parts]
-    return "\n\n".join(text for text in texts if text)
+    return "\n\n".join(filter(None, texts))
 
 
 def parse_citation(data: object) -> Citation | None:
@@ -825,7 +840,7 @@ def parse_item(data: object) -> Item:
     type_ = as_text(raw.get("type"))
     if type_ == "function_call":
         return _call_item(raw)
-    parts = [as_object(part) for part in as_list(raw.get("content"))]
+    parts = as_objects(raw.get("content"))
     text = "".join(as_text(p.get("text")) or as_text(p.get("refusal")) for p in parts)
     if type_ == "reasoning":
         return Item(type_, raw, _summary_text(raw) or text)
@@ -1240,7 +1255,7 @@ class ModelCard:
 
 
 def _names(value: object) -> frozenset[str] | None:
-    return frozenset(map(as_text, as_list(value))) or None
+    return frozenset(as_texts(value)) or None
 
 
 def _efforts(reasoning: JsonObject) -> tuple[str, ...] | None:
@@ -1248,7 +1263,7 @@ def _efforts(reasoning: JsonObject) -> tuple[str, ...] | None:
     if "supported_efforts" not in reasoning:
         return ()
     efforts = reasoning["supported_efforts"]
-    return None if efforts is None else tuple(map(as_text, as_list(efforts)))
+    return None if efforts is None else tuple(as_texts(efforts))
 
 
 def _parse_card(row: JsonObject) -> ModelCard | None:
@@ -1276,7 +1291,7 @@ def parse_catalog(body: object) -> list[ModelCard]:
 
     A row without an id is left out; nulls and unknown keys harm nobody.
     """
-    rows = map(as_object, as_list(as_object(body).get("data")))
+    rows = as_objects(as_object(body).get("data"))
     cards = [card for row in rows if (card := _parse_card(row))]
     if not cards:
         raise ProviderFailed("the model list was empty or could not be understood")
@@ -1338,8 +1353,8 @@ def _matches(
 def select_models(models: Models, wanted: str) -> tuple[list[ModelCard], list[str]]:
     """Return the cards that `MODEL_ID` asks for, and the entries that match nothing."""
     chatting = [card for card in models.cards if card.can_chat]
-    entries = [entry.strip() for entry in wanted.split(",") if entry.strip()]
-    if not entries or "auto" in (entry.lower() for entry in entries):
+    entries = [name for entry in wanted.split(",") if (name := entry.strip())]
+    if not entries or "auto" in entries:
         return chatting, []
     matches = {entry: _matches(models, chatting, entry) for entry in entries}
     chosen = {card.id: card for cards in matches.values() for card in cards}
@@ -1477,8 +1492,8 @@ def _plain(content: object) -> str:
     """Return the text of a message's content, be it a string or a list of parts."""
     if isinstance(content, str):
         return content
-    parts = [as_object(part) for part in as_list(content)]
-    return "\n".join(text for part in parts if (text := as_text(part.get("text"))))
+    texts = [as_text(part.get("text")) for part in as_objects(content)]
+    return "\n".join(filter(None, texts))
 
 
 def _no_part(_part: JsonObject) -> None:
@@ -1566,7 +1581,7 @@ class _InputWriter:
 
     def _assistant(self, message: JsonObject) -> None:
         self._add("assistant", _plain(message.get("content")))
-        for call in map(as_object, as_list(message.get("tool_calls"))):
+        for call in as_objects(message.get("tool_calls")):
             function = as_object(call.get("function"))
             arguments = function.get("arguments") or "{}"
             self.items.append(
@@ -1595,8 +1610,7 @@ class _InputWriter:
     def _content(self, content: object) -> str | list[JsonObject]:
         if isinstance(content, str):
             return content
-        parts = [self._part(as_object(part)) for part in as_list(content)]
-        return [part for part in parts if part]
+        return list(filter(None, map(self._part, as_objects(content))))
 
     def _part(self, part: JsonObject) -> JsonObject | None:
         kind = as_text(part.get("type"))
@@ -1657,11 +1671,11 @@ def build_input(messages: object, card: ModelCard) -> ChatInput:
     The system messages at the head become `instructions`. Raise BadInput when nothing
     is left to send.
     """
-    rest = [as_object(message) for message in as_list(messages)]
+    rest = as_objects(messages)
     head: list[str] = []
     while rest and rest[0].get("role") in ("system", "developer"):
         head.append(_plain(rest.pop(0).get("content")))
-    instructions = "\n\n".join(text for text in head if text)
+    instructions = "\n\n".join(filter(None, head))
     writer = _InputWriter(card)
     for message in rest:
         writer.write(message)
@@ -1825,7 +1839,7 @@ def flat_tool(entry: object) -> JsonObject | None:
 
 
 def _tools(body: JsonObject, card: ModelCard) -> JsonObject:
-    tools = [tool for entry in as_list(body.get("tools")) if (tool := flat_tool(entry))]
+    tools = list(filter(None, map(flat_tool, as_list(body.get("tools")))))
     if not tools or not card.takes("tools"):
         return {}
     sent: JsonObject = {"tools": tools}
@@ -2679,18 +2693,15 @@ class Completion:
     def result(self) -> JsonObject:
         """Return the turn as a `chat.completion` with its items beside it."""
         closed = [self._items[slot] for slot in sorted(self._items)]
-        message: JsonObject = {
-            "role": "assistant",
-            "content": "\n\n".join(_texts(closed, "message")),
+        calls = [tool_call(c.item) for c in closed if c.kind == "function_call"]
+        beside = {
+            "reasoning_content": "\n\n".join(_texts(closed, "reasoning")),
+            "tool_calls": calls,
+            "annotations": [annotation(citation) for citation in self._citations],
+            "images": [_image(url) for url in self._images],
         }
-        if thoughts := _texts(closed, "reasoning"):
-            message["reasoning_content"] = "\n\n".join(thoughts)
-        if calls := [tool_call(c.item) for c in closed if c.kind == "function_call"]:
-            message["tool_calls"] = calls
-        if self._citations:
-            message["annotations"] = [annotation(c) for c in self._citations]
-        if self._images:
-            message["images"] = [_image(url) for url in self._images]
+        text = "\n\n".join(_texts(closed, "message"))
+        message = {"role": "assistant", "content": text, **without_blanks(beside)}
         return {
             "id": new_id("chatcmpl"),
             "object": "chat.completion",
@@ -2789,9 +2800,9 @@ class Turn:
 def call_ids(messages: object) -> set[str]:
     """Return the ids of the tool calls that a conversation holds already."""
     return {
-        as_text(as_object(call).get("id"))
-        for message in as_list(messages)
-        for call in as_list(as_object(message).get("tool_calls"))
+        as_text(call.get("id"))
+        for message in as_objects(messages)
+        for call in as_objects(message.get("tool_calls"))
     }
 
 
