@@ -1019,6 +1019,12 @@ class _TimeLimit:
             raise (TookTooLong() if self._is_last else TimedOut()) from None
 
 
+def _ahead_of_failure(content: aiohttp.StreamReader) -> bytes:
+    """Return the bytes that aiohttp would withhold once it has met an error."""
+    content.set_exception(cast(BaseException, None))
+    return content.read_nowait()
+
+
 class EventStream:
     """The events of one response, as many at a time as have arrived.
 
@@ -1035,6 +1041,7 @@ class EventStream:
         self._decoder = SSEDecoder()
         self._idle = valves.HTTP_STREAM_IDLE_SECONDS
         self._deadline = deadline
+        self._failure: PipeError | None = None
         self._over = False
 
     async def read(self) -> list[Event]:
@@ -1044,14 +1051,27 @@ class EventStream:
         """
         async with _TimeLimit(self._idle, self._deadline):
             while not self._over:
-                with translated():
-                    chunk = await self._response.content.readany()
+                chunk = await self._chunk()
                 payloads = self._decoder.feed(chunk) if chunk else self._decoder.end()
                 self._over = not chunk
                 events = self._parsed(payloads)
                 if events:
                     return events
         return []
+
+    async def _chunk(self) -> bytes:
+        """Return all that has arrived; what came ahead of a failure comes first."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            with translated():
+                return await self._response.content.readany()
+        except PipeError as failure:
+            rest = _ahead_of_failure(self._response.content)
+            if not rest:
+                raise
+            self._failure = failure
+            return rest
 
     def _parsed(self, payloads: list[bytes]) -> list[Event]:
         events: list[Event] = []
