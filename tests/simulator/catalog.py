@@ -183,237 +183,82 @@ def _google() -> Iterator[Spec]:
         )
 
 
-def _others() -> Iterator[tuple[str, Spec]]:
-    text = Spec("", "")
-    raw = _thinker(text, mandatory=True)
-    soft = _thinker(text, efforts=None)
-    see = replace(text, inputs="text image")
-    yield (
+TEXT = Spec("", "")
+SEEING = replace(TEXT, inputs="text image")
+SOFT = _thinker(TEXT, efforts=None)
+RAW = _thinker(TEXT, mandatory=True)
+GROK = _thinker(SEEING, context=256_000, search=True, cache=True)
+DEEP: dict[str, Any] = {"tokenizer": "DeepSeek"}
+LLAMA: dict[str, Any] = {"tokenizer": "Llama3"}
+SMALL: dict[str, Any] = {"tools": False, "output_limit": None}
+LEVELS: dict[str, Any] = {"efforts": EFFORTS[:3]}
+
+# owner, what its models start from, their slugs, and how they differ
+FAMILIES: tuple[tuple[str, Spec, str, dict[str, Any]], ...] = (
+    ("deepseek", RAW, "deepseek-r1", DEEP | {"context": 64_000, "tools": False}),
+    ("deepseek", RAW, "deepseek-r1-0528", DEEP),
+    ("deepseek", TEXT, "deepseek-chat", DEEP),
+    (
         "deepseek",
-        replace(
-            raw,
-            id="deepseek-r1",
-            name="R1",
-            context=64_000,
-            tokenizer="DeepSeek",
-            tools=False,
-        ),
-    )
-    yield (
-        "deepseek",
-        replace(raw, id="deepseek-r1-0528", name="R1 0528", tokenizer="DeepSeek"),
-    )
-    yield (
-        "deepseek",
-        replace(text, id="deepseek-chat", name="DeepSeek V3", tokenizer="DeepSeek"),
-    )
-    for version in ("v3.1", "v3.2", "v4"):
-        yield (
-            "deepseek",
-            replace(
-                soft,
-                id=f"deepseek-{version}",
-                name=f"DeepSeek {version.upper()}",
-                tokenizer="DeepSeek",
-                cache=True,
-            ),
-        )
-    grok = _thinker(see, tokenizer="Grok", context=256_000, search=True, cache=True)
-    yield (
-        "x-ai",
-        replace(
-            grok, id="grok-4", name="Grok 4", mandatory=True, prompt=3, completion=15
-        ),
-    )
-    yield "x-ai", replace(grok, id="grok-4-fast", name="Grok 4 Fast", context=2_000_000)
-    yield (
-        "x-ai",
-        replace(
-            grok,
-            id="grok-3-mini",
-            name="Grok 3 Mini",
-            inputs="text",
-            efforts=("high", "low"),
-        ),
-    )
-    yield "x-ai", replace(text, id="grok-3", name="Grok 3", tokenizer="Grok")
-    yield "x-ai", replace(grok, id="grok-4.3", name="Grok 4.3", efforts=EFFORTS[:3])
-    for size in ("8b", "70b", "405b"):
-        yield (
-            "meta-llama",
-            replace(
-                text,
-                id=f"llama-3.1-{size}-instruct",
-                name=f"Llama 3.1 {size.upper()} Instruct",
-                tokenizer="Llama3",
-            ),
-        )
-    yield (
-        "meta-llama",
-        replace(
-            text,
-            id="llama-3.3-70b-instruct",
-            name="Llama 3.3 70B Instruct",
-            tokenizer="Llama3",
-        ),
-    )
-    yield (
-        "meta-llama",
-        replace(
-            text,
-            id="llama-3-8b-instruct",
-            name="Llama 3 8B",
-            context=8_192,
-            output_limit=None,
-            tools=False,
-            tokenizer="Llama3",
-        ),
-    )
-    for slug in ("llama-4-maverick", "llama-4-scout"):
-        yield (
-            "meta-llama",
-            replace(
-                see, id=slug, name=_title(slug), context=1_048_576, tokenizer="Llama4"
-            ),
-        )
-    yield (
-        "meta-llama",
-        replace(
-            text,
-            id="llama-guard-4-12b",
-            name="Llama Guard 4 12B",
-            tools=False,
-            tokenizer="Llama4",
-        ),
-    )
-    for slug in (
-        "qwen3-235b-a22b",
-        "qwen3-32b",
-        "qwen3-max",
-        "qwen3.5-plus",
-        "qwen3-coder",
-    ):
-        yield (
-            "qwen",
-            replace(soft, id=slug, name=_title(slug), tokenizer="Qwen3", budget=True),
-        )
-    yield (
+        SOFT,
+        "deepseek-v3.1 deepseek-v3.2 deepseek-v4",
+        DEEP | {"cache": True},
+    ),
+    ("x-ai", GROK, "grok-4", {"mandatory": True, "prompt": 3, "completion": 15}),
+    ("x-ai", GROK, "grok-4-fast", {"context": 2_000_000}),
+    ("x-ai", GROK, "grok-4.3", LEVELS),
+    ("x-ai", GROK, "grok-3-mini", {"inputs": "text", "efforts": ("high", "low")}),
+    ("x-ai", TEXT, "grok-3", {"tokenizer": "Grok"}),
+    ("meta-llama", TEXT, "llama-3.1-8b-instruct llama-3.1-70b-instruct", LLAMA),
+    ("meta-llama", TEXT, "llama-3.1-405b-instruct llama-3.3-70b-instruct", LLAMA),
+    ("meta-llama", TEXT, "llama-3-8b-instruct", LLAMA | SMALL | {"context": 8_192}),
+    ("meta-llama", TEXT, "llama-guard-4-12b", {"tokenizer": "Llama4", "tools": False}),
+    ("meta-llama", SEEING, "llama-4-maverick llama-4-scout", {"context": 1_048_576}),
+    ("qwen", SOFT, "qwen3-235b-a22b qwen3-32b qwen3-max", {"budget": True}),
+    ("qwen", SOFT, "qwen3.5-plus qwen3-coder", {"tokenizer": "Qwen3", "budget": True}),
+    (
         "qwen",
-        replace(
-            raw, id="qwen-plus:thinking", name="Qwen Plus (thinking)", tokenizer="Qwen"
-        ),
-    )
-    yield "qwen", replace(text, id="qwen-plus", name="Qwen Plus", tokenizer="Qwen")
-    yield (
-        "qwen",
-        replace(
-            see,
-            id="qwen3-vl-32b-instruct",
-            name="Qwen3 VL 32B",
-            tokenizer="Qwen3",
-            inputs="text image video",
-        ),
-    )
-    yield (
-        "qwen",
-        replace(raw, id="qwq-32b", name="QwQ 32B", tokenizer="Qwen", context=32_768),
-    )
-    for slug in (
-        "mistral-large-2512",
-        "mistral-medium-3.1",
-        "mistral-small-3.2-24b-instruct",
-        "pixtral-12b",
-    ):
-        yield "mistralai", replace(see, id=slug, name=_title(slug), tokenizer="Mistral")
-    yield (
-        "mistralai",
-        replace(
-            text,
-            id="mistral-7b-instruct",
-            name="Mistral 7B Instruct",
-            context=32_768,
-            tokenizer="Mistral",
-            tools=False,
-        ),
-    )
-    yield (
-        "mistralai",
-        replace(text, id="codestral-2508", name="Codestral 2508", tokenizer="Mistral"),
-    )
-    yield (
-        "mistralai",
-        replace(
-            see,
-            id="voxtral-small-24b-2507",
-            name="Voxtral Small",
-            inputs="text audio",
-            tokenizer="Mistral",
-        ),
-    )
-    for slug in ("glm-4.5", "glm-4.6", "glm-5", "glm-5.3"):
-        yield "z-ai", replace(soft, id=slug, name=slug.upper())
-    for slug in ("kimi-k2", "kimi-k2-thinking", "kimi-k2.5"):
-        yield (
-            "moonshotai",
-            replace(soft, id=slug, name=_title(slug), mandatory="thinking" in slug),
-        )
-    for slug in ("minimax-m1", "minimax-m2", "minimax-m2.5"):
-        yield "minimax", replace(raw, id=slug, name=_title(slug), context=1_000_000)
-    for slug in ("sonar", "sonar-pro", "sonar-deep-research"):
-        yield (
-            "perplexity",
-            replace(
-                see,
-                id=slug,
-                name=_title(slug),
-                tools=False,
-                search=True,
-                reasoning="deep" in slug,
-                mandatory="deep" in slug,
-            ),
-        )
-    for slug in ("nova-lite-v1", "nova-pro-v1", "nova-premier-v1"):
-        yield "amazon", replace(see, id=slug, name=_title(slug), tokenizer="Nova")
-    for slug in ("command-a", "command-r-08-2024", "command-r7b-12-2024"):
-        yield (
-            "cohere",
-            replace(
-                text,
-                id=slug,
-                name=_title(slug),
-                tokenizer="Cohere",
-                tools=slug == "command-a",
-            ),
-        )
-    yield "meta", _thinker(see, id="muse-spark", name="Muse Spark", efforts=EFFORTS[:3])
-    yield (
-        "microsoft",
-        replace(text, id="phi-4", name="Phi 4", context=16_384, tools=False),
-    )
-    yield (
-        "undi95",
-        replace(
-            text,
-            id="remm-slerp-l2-13b",
-            name="ReMM SLERP 13B",
-            context=6_144,
-            output_limit=4_096,
-            tools=False,
-            tokenizer="Llama2",
-        ),
-    )
-    yield (
+        RAW,
+        "qwen-plus:thinking qwq-32b",
+        {"tokenizer": "Qwen", "context": 32_768},
+    ),
+    ("qwen", TEXT, "qwen-plus", {"tokenizer": "Qwen"}),
+    ("qwen", SEEING, "qwen3-vl-32b-instruct", {"inputs": "text image video"}),
+    ("mistralai", SEEING, "mistral-large-2512 mistral-medium-3.1 pixtral-12b", {}),
+    ("mistralai", SEEING, "mistral-small-3.2-24b-instruct", {"tokenizer": "Mistral"}),
+    ("mistralai", SEEING, "voxtral-small-24b-2507", {"inputs": "text audio"}),
+    ("mistralai", TEXT, "mistral-7b-instruct", {"tools": False, "context": 32_768}),
+    ("mistralai", TEXT, "codestral-2508", {"tokenizer": "Mistral"}),
+    ("z-ai", SOFT, "glm-4.5 glm-4.6 glm-5 glm-5.3", {}),
+    ("moonshotai", SOFT, "kimi-k2 kimi-k2.5", {}),
+    ("moonshotai", RAW, "kimi-k2-thinking", {}),
+    ("minimax", RAW, "minimax-m1 minimax-m2 minimax-m2.5", {"context": 1_000_000}),
+    ("perplexity", SEEING, "sonar sonar-pro", {"tools": False, "search": True}),
+    ("perplexity", RAW, "sonar-deep-research", {"tools": False, "search": True}),
+    (
+        "amazon",
+        SEEING,
+        "nova-lite-v1 nova-pro-v1 nova-premier-v1",
+        {"tokenizer": "Nova"},
+    ),
+    ("cohere", TEXT, "command-a", {"tokenizer": "Cohere"}),
+    ("cohere", TEXT, "command-r-08-2024 command-r7b-12-2024", {"tools": False}),
+    ("meta", _thinker(SEEING), "muse-spark", LEVELS),
+    ("microsoft", TEXT, "phi-4", {"context": 16_384, "tools": False}),
+    ("undi95", TEXT, "remm-slerp-l2-13b", SMALL | {"context": 6_144}),
+    (
         "gryphe",
-        replace(
-            text,
-            id="mythomax-l2-13b",
-            name="MythoMax 13B",
-            context=4_096,
-            output_limit=None,
-            tools=False,
-            tokenizer="Llama2",
-        ),
-    )
+        TEXT,
+        "mythomax-l2-13b",
+        SMALL | {"tokenizer": "Llama2", "context": 4_096},
+    ),
+)
+
+
+def _others() -> Iterator[tuple[str, Spec]]:
+    for owner, base, slugs, changes in FAMILIES:
+        for slug in slugs.split():
+            yield owner, replace(base, id=slug, name=_title(slug), **changes)
 
 
 FILLERS = (
@@ -542,9 +387,10 @@ BATCH_AUTHORS = ("openai", "anthropic", "google")
 
 
 def _title(slug: str) -> str:
-    return " ".join(
-        word[:1].upper() + word[1:] for word in slug.replace("-", " ").split()
-    )
+    base, _, variant = slug.partition(":")
+    words = base.replace("-", " ").split()
+    title = " ".join(BRANDS.get(word, word[:1].upper() + word[1:]) for word in words)
+    return f"{title} ({variant})" if variant else title
 
 
 def _price(per_million: float) -> str:
