@@ -71,7 +71,7 @@ def openrouter() -> Iterator[Simulator]:
     """Run one simulator for the session; tests take `simulator`."""
     from tests.simulator import Simulator
 
-    with Simulator() as simulator:
+    with Simulator(pace=0) as simulator:
         yield simulator
 
 

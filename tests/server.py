@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -144,6 +144,14 @@ class Chat:
         """Return what the error card says, or None."""
         error = self.message.get("error")
         return error.get("content", error) if isinstance(error, dict) else error
+
+    @property
+    def card(self) -> str:
+        """Return the words on the error card, or nothing."""
+        error = self.error or ""
+        if isinstance(error, dict):
+            error = error.get("message") or error.get("detail") or json.dumps(error)
+        return str(error)
 
     @property
     def sources(self) -> list[JSON]:
@@ -457,6 +465,13 @@ class Account:
         started = self.start_chat(model, text, **options)
         return self.wait_chat(started, timeout_seconds)
 
+    def chats_at_once(
+        self, model: str, texts: Iterable[str], **options: Any
+    ) -> dict[str, Chat]:
+        """Send each message in a new chat, all before the first is answered."""
+        started = {text: self.start_chat(model, text, **options) for text in texts}
+        return {text: self.wait_chat(each) for text, each in started.items()}
+
     def start_chat(
         self,
         model: str,
@@ -515,9 +530,15 @@ class Account:
         return self.wait_chat(started, timeout_seconds)
 
     def edit_message(self, chat: Chat, message_id: str, content: str) -> Chat:
-        """Change a message's text, as a user does with the pencil."""
-        path = f"/api/v1/chats/{chat.id}/messages/{message_id}"
-        self.call("POST", path, {"content": content})
+        """Change a message's text with the pencil: the page saves the whole history."""
+        row = self.call("GET", f"/api/v1/chats/{chat.id}")
+        message = row["chat"]["history"]["messages"][message_id]
+        message["content"] = content
+        for item in message.get("output") or []:
+            if item["type"] == "message":
+                item["content"] = [{**item["content"][0], "text": content}]
+        history = {"history": row["chat"]["history"]}
+        self.call("POST", f"/api/v1/chats/{chat.id}", {"chat": history})
         return self.read_chat(chat.id, chat.message_id)
 
     def stop_chat(self, chat: Started) -> None:
