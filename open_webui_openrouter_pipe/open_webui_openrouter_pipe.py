@@ -108,9 +108,18 @@ def as_objects(value: object) -> list[JsonObject]:
     return [as_object(each) for each in as_list(value)]
 
 
+def whole_text(text: str) -> str:
+    """Return text that UTF-8 can carry: surrogate pairs joined, lone ones replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def as_text(value: object) -> str:
-    """Return a JSON string as it is, and anything else as an empty one."""
-    return value if isinstance(value, str) else ""
+    """Return a JSON string that UTF-8 can carry, and anything else as an empty one."""
+    return whole_text(value) if isinstance(value, str) else ""
 
 
 def as_texts(value: object) -> list[str]:
@@ -128,15 +137,6 @@ def as_number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value
-
-
-def whole_text(text: str) -> str:
-    """Return text that UTF-8 can carry: surrogate pairs joined, lone ones replaced."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def seconds_in_words(seconds: float) -> str:
@@ -875,6 +875,15 @@ def _with_body(event: Event, raw: JsonObject) -> Event:
     return event._replace(snapshot=snapshot, fault=fault)
 
 
+def _event_text(type_: str, raw: JsonObject) -> str:
+    """Return a delta as it is, half a surrogate pair included, or a final value."""
+    is_delta = type_.endswith(".delta")
+    text = raw.get("delta" if is_delta else _FINAL_TEXT.get(type_, ""))
+    if isinstance(text, dict):  # some providers send arguments as an object
+        return json.dumps(text)
+    return text if isinstance(text, str) else ""
+
+
 def parse_event(data: object) -> Event | None:
     """Return one decoded `data:` payload as an event, or None for what is none."""
     raw = as_object(data)
@@ -882,17 +891,9 @@ def parse_event(data: object) -> Event | None:
     if not type_:
         fault = parse_fault(raw)
         return Event("error", fault=fault) if fault else None
-    index = raw.get("output_index")
-    text = (
-        raw.get("delta")
-        if type_.endswith(".delta")
-        else raw.get(_FINAL_TEXT.get(type_, ""))
-    )
-    if isinstance(text, dict):  # some providers send arguments as an object
-        text = json.dumps(text)
-    event = Event(
-        type_, index if isinstance(index, int) else -1, _part_index(raw), as_text(text)
-    )
+    slot = raw.get("output_index")
+    text = _event_text(type_, raw)
+    event = Event(type_, slot if isinstance(slot, int) else -1, _part_index(raw), text)
     if event.text:
         return event
     return _with_body(event, raw)
