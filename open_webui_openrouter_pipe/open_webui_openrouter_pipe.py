@@ -1672,17 +1672,16 @@ def _paired(items: list[JsonObject]) -> list[JsonObject]:
     called: list[str] = []  # calls of the round whose outputs are still to be placed
     seen: set[str] = set()
     for item in items:
-        if item["type"] == "function_call_output":
+        if item["type"] == "function_call":
+            if item["call_id"] and item["call_id"] not in seen:
+                seen.add(item["call_id"])
+                called.append(item["call_id"])
+                kept.append(item)
             continue
-        if item["type"] != "function_call":
-            kept.extend(_answers(called, outputs))
-            called = []
-        elif item["call_id"] in seen or not item["call_id"]:
-            continue
-        else:
-            seen.add(item["call_id"])
-            called.append(item["call_id"])
-        kept.append(item)
+        kept.extend(_answers(called, outputs))  # an output too ends the round of calls
+        called = []
+        if item["type"] != "function_call_output":
+            kept.append(item)
     return [*kept, *_answers(called, outputs)]
 
 
