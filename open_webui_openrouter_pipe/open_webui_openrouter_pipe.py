@@ -235,6 +235,10 @@ class Valves(BaseModel):
         return {k: v for k, v in as_object(values).items() if v is not None}
 
 
+def _key_from_environment() -> Secret:
+    return Secret.seal(os.environ.get("OPENROUTER_API_KEY", ""))
+
+
 class ConnectionValves(Valves):
     """How OpenRouter is reached."""
 
@@ -245,7 +249,7 @@ class ConnectionValves(Valves):
         "https://eu.openrouter.ai/api/v1 work too.",
     )
     API_KEY: Secret = Field(
-        default_factory=lambda: Secret(os.environ.get("OPENROUTER_API_KEY", "")),
+        default_factory=_key_from_environment,  # a default in the schema would show it
         description="Your OpenRouter key (sk-or-...). Stored encrypted with "
         "WEBUI_SECRET_KEY. Empty: the environment's OPENROUTER_API_KEY.",
         json_schema_extra={"input": {"type": "password"}},
@@ -266,6 +270,11 @@ class ConnectionValves(Valves):
         description="How long a stream may stay without an event. Keep-alive comments "
         "do not count: models that think long and silently need a long limit.",
     )
+
+    @field_validator("API_KEY")
+    @classmethod
+    def _empty_means_default(cls, value: Secret) -> Secret:
+        return value or _key_from_environment()
 
     @field_validator("BASE_URL")
     @classmethod
