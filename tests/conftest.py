@@ -32,6 +32,7 @@ os.environ.update(
     DATA_DIR=f"{_home}/data",
     STATIC_DIR=f"{_home}/static",
     GLOBAL_LOG_LEVEL="WARNING",
+    FROM_INIT_PY="true",  # as `open-webui serve` says it: the frontend is in the package
 )
 for _folder in ("data", "static"):
     Path(_home, _folder).mkdir()
