@@ -2631,7 +2631,7 @@ class ChunksFace:
         }
         self._has_cards = has_cards
         self._speaking: int | None = None  # the message that text was last written to
-        self._calls = 0
+        self._counts: defaultdict[str, int] = defaultdict(int)
 
     def render(self, output: Output) -> list[JsonObject]:
         """Return the chunks for one output."""
@@ -2641,11 +2641,11 @@ class ChunksFace:
             case Delta(_, "reasoning", text):
                 return [self._chunk({"reasoning_content": text})]
             case Closed(_, "function_call", item):
-                return [self._chunk({"tool_calls": [self._call(item)]})]
+                return [self._entry("tool_calls", tool_call(item))]
             case Sourced(citation):
-                return [self._chunk({"annotations": [annotation(citation)]})]
+                return [self._entry("annotations", annotation(citation))]
             case Pictured(url):
-                return [self._chunk({"images": [_image(url)]})]
+                return [self._entry("images", _image(url))]
             case Noted(text) if self._has_cards:
                 return [{"event": status_event(text)}]
             case Finished():
@@ -2665,9 +2665,11 @@ class ChunksFace:
         self._speaking = slot
         return "\n\n" if is_next else ""
 
-    def _call(self, item: JsonObject) -> JsonObject:
-        self._calls += 1
-        return {"index": self._calls - 1, **tool_call(item)}
+    def _entry(self, name: str, entry: JsonObject) -> JsonObject:
+        """Return the chunk for a list's next entry; OpenAI's library needs its index."""
+        index = self._counts[name]
+        self._counts[name] += 1
+        return self._chunk({name: [{"index": index, **entry}]})
 
     def _usage(self, usage: JsonObject | None) -> list[JsonObject]:
         if not usage:
