@@ -239,6 +239,16 @@ def _key_from_environment() -> Secret:
     return Secret.seal(os.environ.get("OPENROUTER_API_KEY", ""))
 
 
+def _host_of(address: str) -> str:
+    """Return the host of a web address, and nothing for what is none."""
+    try:
+        url = urlsplit(address)
+        is_known = url.scheme in ("http", "https") and url.port != 0
+    except ValueError:  # a port that is no number, a bracket that does not close
+        return ""
+    return url.hostname or "" if is_known else ""
+
+
 class ConnectionValves(Valves):
     """How OpenRouter is reached."""
 
@@ -279,8 +289,7 @@ class ConnectionValves(Valves):
     @field_validator("BASE_URL")
     @classmethod
     def _is_a_url(cls, value: str) -> str:
-        url = urlsplit(value.strip())
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if not _host_of(value.strip()):
             raise ValueError(
                 "BASE_URL must be a web address such as https://openrouter.ai/api/v1"
             )
