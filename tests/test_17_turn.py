@@ -594,6 +594,7 @@ async def test_without_a_catalog_a_chat_still_works(simulator: Simulator) -> Non
 async def test_without_a_key_nothing_is_sent(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OPENROUTER_API_KEY", raising=False)
     async with opened(simulator, API_KEY="") as pipe:
         shown = await ask(pipe)
 
