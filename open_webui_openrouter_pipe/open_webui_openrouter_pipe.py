@@ -38,6 +38,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 import time
 import weakref
 from collections import defaultdict
@@ -133,10 +134,10 @@ def without_blanks(value: JsonObject) -> JsonObject:
 
 
 def as_number(value: object) -> float | None:
-    """Return a JSON number, or None; true and false are no numbers."""
+    """Return a JSON number that a float can hold, or None; true is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value
+    return value if abs(value) <= sys.float_info.max else None
 
 
 def seconds_in_words(seconds: float) -> str:
@@ -728,16 +729,15 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
     `now` is Unix time; `X-RateLimit-Reset` is in Unix milliseconds.
     """
     value = headers.get("Retry-After", "").strip()
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    seconds = as_number(parse_json(value))
+    if seconds is not None:
+        return max(0.0, seconds)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - now)
     except (ValueError, TypeError):
         pass
-    reset = headers.get("X-RateLimit-Reset", "")
-    return max(0.0, int(reset) / 1000 - now) if reset.isdecimal() else None
+    reset = as_number(parse_json(headers.get("X-RateLimit-Reset", "")))
+    return None if reset is None else max(0.0, reset / 1000 - now)
 
 
 def render_error(error: PipeError) -> str:
