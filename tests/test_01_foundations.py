@@ -66,7 +66,11 @@ def test_what_is_no_text_is_an_empty_one(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("value", "number"),
-    [(1, 1), (0.5, 0.5), (0, 0), (True, None), ("1", None), (None, None), ([], None)],
+    [
+        *((n, n) for n in (1, 0.5, 0, -3)),
+        *((v, None) for v in (True, "1", None, [], {}, 10**400)),
+        *((float(v), None) for v in ("nan", "inf", "-inf")),
+    ],
 )
 def test_true_and_text_are_no_numbers(value: Any, number: float | None) -> None:
     assert plugin.as_number(value) == number
