@@ -262,7 +262,7 @@ class ConnectionValves(Valves):
     API_KEY: Secret = Field(
         default_factory=_key_from_environment,  # a default in the schema would show it
         description="Your OpenRouter key (sk-or-...). Stored encrypted with "
-        "WEBUI_SECRET_KEY. Empty: the environment's OPENROUTER_API_KEY.",
+        "WEBUI_SECRET_KEY. Default: the environment's OPENROUTER_API_KEY.",
         json_schema_extra={"input": {"type": "password"}},
     )
     HTTP_CONNECT_TIMEOUT_SECONDS: float = Field(
@@ -512,7 +512,7 @@ class RateLimited(Upstream):
     """429."""
 
     happened = "The rate limit for this model is reached."
-    advice = "Wait a little, or choose another model."
+    advice = "Wait, or choose another model."
     code, status = "rate_limit_exceeded", 429
     retryable = True
 
