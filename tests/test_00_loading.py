@@ -289,20 +289,29 @@ def tables(webui: OpenWebUI) -> set[str]:
     return names
 
 
-def test_a1_saved_again_it_keeps_its_models_and_its_one_table(
+def listed(admin: Account, function: str) -> set[str]:
+    """Return the ids of a function's models, without its own id."""
+    prefix = f"{function}."
+    return {i.removeprefix(prefix) for i in admin.models() if i.startswith(prefix)}
+
+
+def test_a1_saved_again_it_keeps_its_models_and_its_tables(
     webui: OpenWebUI, admin: Account
 ) -> None:
+    models = listed(admin, "openrouter")
     answers = [admin.chat(f"openrouter.{MODEL}", "Hello")]
     for _ in range(2):
         admin.update_function("openrouter", source(), "OpenRouter")
         answers.append(admin.chat(f"openrouter.{MODEL}", "Hello"))
 
     assert all(answer.text and not answer.error for answer in answers)
+    assert MODEL in models
+    assert listed(admin, "openrouter") == models
     ours = {name for name in tables(webui) if name.startswith("pipe_openrouter")}
-    assert ours == {"pipe_openrouter_artifacts"}
+    assert ours <= {"pipe_openrouter_artifacts"}
 
 
-def test_a2_a_copy_under_another_id_has_its_own_models_and_table(
+def test_a2_a_copy_under_another_id_has_its_own_models_and_tables(
     webui: OpenWebUI, admin: Account, valves: dict[str, Any]
 ) -> None:
     admin.install_function("my_or", source(), "Mine")
@@ -312,11 +321,14 @@ def test_a2_a_copy_under_another_id_has_its_own_models_and_table(
             admin.chat(f"{function}.{MODEL}", "Hello")
             for function in ("openrouter", "my_or")
         ]
+        both = [listed(admin, function) for function in ("openrouter", "my_or")]
     finally:
         admin.delete_function("my_or")
 
     assert all(chat.text and not chat.error for chat in chats)
-    assert tables(webui) == {"pipe_openrouter_artifacts", "pipe_my_or_artifacts"}
+    assert both[0] == both[1] != set()
+    ours = {name for name in tables(webui) if "openrouter" in name or "my_or" in name}
+    assert ours <= {"pipe_openrouter_artifacts", "pipe_my_or_artifacts"}
 
 
 def test_a8_a_better_key_helps_at_once(admin: Account, valves: dict[str, Any]) -> None:
@@ -326,6 +338,7 @@ def test_a8_a_better_key_helps_at_once(admin: Account, valves: dict[str, Any]) -
     admin.set_valves("openrouter", valves)
     answered = admin.chat(model, "Hello")
 
-    assert "key" in str(refused.error).lower()
+    assert "refused the API key" in refused.card
+    assert not refused.text
     assert answered.text
     assert not answered.error
