@@ -997,8 +997,8 @@ class SSEDecoder:
     def _with_plain_line_ends(self, chunk: bytes) -> bytes:
         """Return the bytes with LF alone; a CR at the end may be half of a CRLF."""
         if self._cr and chunk:
-            chunk = chunk.removeprefix(b"\n")
-        self._cr = chunk.endswith(b"\r") or (self._cr and not chunk)
+            chunk, self._cr = chunk.removeprefix(b"\n"), False
+        self._cr = self._cr or chunk.endswith(b"\r")
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
