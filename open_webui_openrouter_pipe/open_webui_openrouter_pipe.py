@@ -942,6 +942,7 @@ class SSEDecoder:
         self._pieces: list[bytes] = []  # the line that has not ended yet
         self._held = 0
         self._data: list[bytes] = []  # lines of the event that has not ended yet
+        self._gathered = 0
         self._started = False
         self._cr = False
 
@@ -957,8 +958,10 @@ class SSEDecoder:
             return []
         lines = [b"".join(self._pieces), *rest.split(b"\n")]
         self._pieces, self._held = [], 0
-        self._hold(lines.pop())
-        return [payload for line in lines if (payload := self._take(line)) is not None]
+        last = lines.pop()
+        taken = [payload for line in lines if (payload := self._take(line)) is not None]
+        self._hold(last)
+        return taken
 
     def end(self) -> list[bytes]:
         """Return the last payload of a stream that ends without its blank line."""
@@ -970,18 +973,18 @@ class SSEDecoder:
         """Keep a data line; return the payload when the line is blank."""
         if line.startswith(b"data:"):
             self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+            self._gathered += len(line)
         elif not line and self._data:
             payload = b"\n".join(self._data) if len(self._data) > 1 else self._data[0]
-            self._data = []
+            self._data, self._gathered = [], 0
             return payload
         return None
 
     def _hold(self, piece: bytes) -> None:
-        if not piece:
-            return
-        self._pieces.append(piece)
-        self._held += len(piece)
-        if self._held > _EVENT_LIMIT:
+        if piece:
+            self._pieces.append(piece)
+            self._held += len(piece)
+        if self._held + self._gathered > _EVENT_LIMIT:
             raise ConnectionLost("one event was larger than 64 MB")
 
     def _without_bom(self, chunk: bytes) -> bytes:
