@@ -263,7 +263,8 @@ class ConnectionValves(Valves):
         default_factory=_key_from_environment,  # a default in the schema would show it
         description="Your OpenRouter key (sk-or-...). Stored encrypted with "
         "WEBUI_SECRET_KEY. Default: the environment's OPENROUTER_API_KEY.",
-        json_schema_extra={"input": {"type": "password"}},
+        # The page is told of an empty default: the environment's key stays here.
+        json_schema_extra={"input": {"type": "password"}, "default": ""},
     )
     HTTP_CONNECT_TIMEOUT_SECONDS: float = Field(
         default=10, gt=0, le=300, description="How long connecting may take."
