@@ -246,20 +246,15 @@ def test_somebody_elses_words_are_short_and_harmless(words: str, shown: str) -> 
     assert plugin.presentable(words) == shown
 
 
+LIMITED, EMPTY = plugin.RateLimited, plugin.NoAnswer
 CARDS = {
-    plugin.RateLimited("Google: busy.", retry_after=600): """
+    LIMITED("Google: busy.", retry_after=600): f"""
         The rate limit for this model is reached (Google: busy).
         It can be tried again in 10 minutes.
-        Wait a little, or choose another model.
+        {LIMITED.advice}
     """,
-    plugin.RateLimited(retry_after=0.2): """
-        The rate limit for this model is reached.
-        Wait a little, or choose another model.
-    """,
-    plugin.NoAnswer(): """
-        The model returned no answer.
-        Regenerate the reply, or choose another model.
-    """,
+    LIMITED(retry_after=0.2): f"{LIMITED.happened} {LIMITED.advice}",
+    EMPTY("Really?"): f"The model returned no answer (Really?). {EMPTY.advice}",
 }
 
 
