@@ -1397,7 +1397,7 @@ def select_models(models: Models, wanted: str) -> tuple[list[ModelCard], list[st
     """Return the cards that `MODEL_ID` asks for, and the entries that match nothing."""
     chatting = [card for card in models.cards if card.can_chat]
     entries = [name for entry in wanted.split(",") if (name := entry.strip())]
-    if not entries or "auto" in entries:
+    if not entries or "auto" in map(str.lower, entries):
         return chatting, []
     matches = {entry: _matches(models, chatting, entry) for entry in entries}
     chosen = {card.id: card for cards in matches.values() for card in cards}
