@@ -23,8 +23,24 @@ from tests.webui import PLUGIN
 
 FUNCTION_ID = "openrouter"
 MODEL = f"{FUNCTION_ID}.openai/gpt-5-mini"
-SECONDS_A_WORD = 0.025  # about as fast as a model
+SECONDS_A_PIECE = 0.06  # a few words: about as fast as a model
 DATA_DIR = PLUGIN.parent.parent / ".demo"
+NOT_SUGGESTED = {"Benchmark", "Stall"}  # for whoever works on the pipe
+
+WEATHER = '''"""
+title: Weather
+description: The weather of a city, made up
+"""
+
+
+class Tools:
+    def get_weather(self, city: str) -> str:
+        """
+        Say what the weather is in a city.
+        :param city: The city's name
+        """
+        return f"In {city}: 12 degrees, light rain in the evening."
+'''
 
 
 def main() -> int:
@@ -63,7 +79,7 @@ def upstream() -> Generator[tuple[JSON, str]]:
         return
     from tests.simulator import Simulator
 
-    with Simulator(pace=SECONDS_A_WORD) as simulator:
+    with Simulator(pace=SECONDS_A_PIECE) as simulator:
         valves = {"BASE_URL": simulator.base_url, "API_KEY": simulator.api_key}
         yield valves, "the simulator (OPENROUTER_API_KEY is not set)"
 
@@ -85,7 +101,18 @@ def prepare(admin: Account, valves: JSON) -> int:
     if "BASE_URL" in valves:
         body = {"suggestions": suggestions()}
         admin.call("POST", "/api/v1/configs/suggestions", body)
+        offer_weather(admin)
     return sum(name.startswith(f"{FUNCTION_ID}.") for name in admin.models())
+
+
+def offer_weather(admin: Account) -> None:
+    """Install a tool, and switch it on in chats with the model of the first page."""
+    meta = {"description": "The weather of a city, made up"}
+    tool = {"id": "weather", "name": "Weather", "content": WEATHER, "meta": meta}
+    if "weather" not in {each["id"] for each in admin.call("GET", "/api/v1/tools/")}:
+        admin.call("POST", "/api/v1/tools/create", tool)
+    name = admin.models()[MODEL]["name"]
+    admin.save_model(MODEL, name=name, meta={"toolIds": ["weather"]})
 
 
 def suggestions() -> list[JSON]:
@@ -95,8 +122,9 @@ def suggestions() -> list[JSON]:
     except ImportError:
         return []
     return [
-        {"title": [each.name, each.shows], "content": each.prompt}
+        {"title": [each.prompt, each.shows.split(";")[0]], "content": each.prompt}
         for each in getattr(persona, "PROMPTS", ())
+        if each.name not in NOT_SUGGESTED
     ]
 
 
