@@ -1424,7 +1424,8 @@ class Catalog:
         self._spawn = spawn
         self._models: Models | None = None
         self._address = ""
-        self._due = 0.0
+        self._checked_at = float("-inf")
+        self._has_failed = False
         self._refreshing: asyncio.Task[None] | None = None
         self._rendered: tuple[Models, str, list[dict[str, str]]] | None = None
 
@@ -1434,8 +1435,9 @@ class Catalog:
         None means that OpenRouter could not be asked yet.
         """
         if self._address != settings.BASE_URL:
-            self._address, self._models, self._due = settings.BASE_URL, None, 0.0
-        if time.monotonic() >= self._due and self._refreshing is None:
+            self._address, self._checked_at = settings.BASE_URL, float("-inf")
+            self._models = self._refreshing = None  # the old one's refresh says nothing
+        if self._is_due(settings) and self._refreshing is None:
             self._refreshing = self._spawn(self._refresh(settings))
         if self._models is None and self._refreshing is not None:
             await asyncio.wait([self._refreshing], timeout=_COLD_WAIT_SECONDS)
@@ -1459,21 +1461,27 @@ class Catalog:
             self._rendered = (models, settings.MODEL_ID, rows)
         return list(self._rendered[2])
 
+    def _is_due(self, settings: Settings) -> bool:
+        age = settings.MODEL_CATALOG_REFRESH_SECONDS
+        pause = _FAILURE_PAUSE_SECONDS if self._has_failed else age
+        return time.monotonic() >= self._checked_at + pause
+
     async def _refresh(self, settings: Settings) -> None:
-        pause = _FAILURE_PAUSE_SECONDS
+        has_failed = True
         try:
             cards = parse_catalog(await self._gateway.models(settings))
             if self._address == settings.BASE_URL:
                 self._models = Models(cards)
-            pause = settings.MODEL_CATALOG_REFRESH_SECONDS
+            has_failed = False
             LOG.info("Read %d models from %s", len(cards), settings.BASE_URL)
         except (PipeError, TimeoutError) as error:
             kept = "the last list stays" if self._models else "there is no list yet"
             reason = render_error(error) if isinstance(error, PipeError) else "Timeout."
             LOG.warning("The model list was not refreshed, %s. %s", kept, reason)
         finally:
-            self._due = time.monotonic() + pause
-            self._refreshing = None
+            if self._refreshing is asyncio.current_task():
+                self._checked_at, self._has_failed = time.monotonic(), has_failed
+                self._refreshing = None
 
 
 # endregion
