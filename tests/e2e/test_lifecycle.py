@@ -6,12 +6,13 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.server import Account, OpenWebUI, Refused
-from tests.simulator import Simulator
+from tests.simulator import Simulator, replies
 from tests.webui import PLUGIN
 
 MODEL = "openrouter.openai/gpt-5-mini"
@@ -250,3 +251,67 @@ def test_a_user_chats_with_a_shared_model_and_sees_no_valves(
     assert user.id not in simulator.posts[0].raw.decode()
     with pytest.raises(Refused):
         user.get_valves("openrouter")
+
+
+# The list of models -------------------------------------------------------------------
+
+
+def lists(simulator: Simulator) -> int:
+    return sum(entry.path == "/models" for entry in simulator.ledger)
+
+
+@pytest.fixture
+def elsewhere(simulator: Simulator, valves: dict[str, Any]) -> dict[str, Any]:
+    """Return the valves with another name of the same place, and a short refresh.
+
+    The next test finds its own address again, and so a list that is fresh.
+    """
+    address = simulator.base_url.replace("127.0.0.1", "localhost")
+    return {**valves, "BASE_URL": address, "MODEL_CATALOG_REFRESH_SECONDS": 1}
+
+
+def test_a_shorter_refresh_counts_for_the_list_that_is_there(
+    admin: Account, simulator: Simulator, elsewhere: dict[str, Any]
+) -> None:
+    admin.set_valves("openrouter", {**elsewhere, "MODEL_CATALOG_REFRESH_SECONDS": 99})
+    assert lists(simulator) == 1
+
+    admin.set_valves("openrouter", elsewhere)
+    time.sleep(1.1)
+    admin.models()
+
+    assert soon(lambda: lists(simulator) >= 2)
+
+
+def test_while_upstream_is_down_the_last_list_stays(
+    admin: Account, simulator: Simulator, elsewhere: dict[str, Any]
+) -> None:
+    admin.set_valves("openrouter", elsewhere)
+    before = set(admin.models())
+    simulator.script(replies.http_error(503).forever(), path="/models")
+
+    time.sleep(1.1)
+    admin.models()
+    assert soon(lambda: lists(simulator) >= 2)
+
+    assert set(admin.models()) == before
+    assert admin.chat(MODEL, "Hello").text
+
+
+def test_another_address_is_asked_while_the_old_one_still_answers(
+    admin: Account,
+    simulator: Simulator,
+    elsewhere: dict[str, Any],
+    valves: dict[str, Any],
+) -> None:
+    body = replies.json_body({"data": simulator.backend.catalog.rows})
+    admin.set_valves("openrouter", elsewhere)
+    simulator.script(replace(body, wait=4), path="/models")
+
+    time.sleep(1.1)
+    admin.models()  # begins to read the list again, and does not wait for it
+    assert soon(lambda: lists(simulator) == 2)
+    admin.set_valves("openrouter", valves)
+
+    assert MODEL in admin.models()
+    assert lists(simulator) == 3
