@@ -78,7 +78,9 @@ def frontmatter() -> dict[str, str]:
 def test_regions_are_numbered_in_order() -> None:
     numbers = [region.number for region in regions()]
 
-    assert numbers == list(range(1, len(numbers) + 1))
+    # A number is a name: docs and tests keep theirs when a section comes or goes.
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) > 10
 
 
 def test_the_map_in_the_docstring_names_the_regions() -> None:
