@@ -2260,7 +2260,7 @@ class Relay:
         return [self._close(state) for state in thoughts if not state.is_closed]
 
     def _close(self, state: _Open) -> Output:
-        if state.shown is None and not state.pieces:
+        if state.shown is None and not state.text:
             state.touched = self._now  # thoughts that nobody may read take time too
         state.shown = state.text
         return Closed(state.slot, state.kind, _shown(state, "completed"))
