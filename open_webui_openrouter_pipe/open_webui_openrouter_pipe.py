@@ -1048,6 +1048,12 @@ def _ahead_of_failure(content: aiohttp.StreamReader) -> bytes:
     return content.read_nowait()
 
 
+# The end of the bytes follows the last event; a connection that saw it serves again.
+_FINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+_LAST_BYTES_SECONDS = 0.25
+
+
 class EventStream:
     """The events of one response, as many at a time as have arrived.
 
@@ -1066,12 +1072,17 @@ class EventStream:
         self._deadline = deadline
         self._failure: PipeError | None = None
         self._over = False
+        self._last = ""
 
     async def read(self) -> list[Event]:
         """Return the next events, at least one; an empty list is the end.
 
         Raise TimedOut when only silence or comments come, ConnectionLost on a cut.
         """
+        arrived = self._arrived()
+        events = self._parsed(self._decoder.feed(arrived)) if arrived else []
+        if events:
+            return events
         async with _TimeLimit(self._idle, self._deadline):
             while not self._over:
                 chunk = await self._chunk()
@@ -1081,6 +1092,13 @@ class EventStream:
                 if events:
                     return events
         return []
+
+    def _arrived(self) -> bytes:
+        """Return what is here already: no need to set a clock for that."""
+        content, deadline = self._response.content, self._deadline
+        if deadline is not None and asyncio.get_running_loop().time() >= deadline:
+            raise TookTooLong
+        return b"" if content.exception() else content.read_nowait()
 
     async def _chunk(self) -> bytes:
         """Return all that has arrived; what came ahead of a failure comes first."""
@@ -1106,12 +1124,17 @@ class EventStream:
             if event is None:
                 LOG.warning("Passed over %d bytes that are no event", len(payload))
             else:
+                self._last = event.type
                 events.append(event)
         return events
 
     def close(self) -> None:
-        """Close the connection, unless everything was read."""
-        self._response.close()
+        """Close the connection, unless the end of its bytes comes in a moment."""
+        if self._last in _FINAL:
+            loop = asyncio.get_running_loop()
+            loop.call_later(_LAST_BYTES_SECONDS, self._response.close)
+        else:
+            self._response.close()
 
 
 class WholeAnswer:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from open_webui_openrouter_pipe import open_webui_openrouter_pipe as plugin
 from tests.simulator import SCENARIOS, Entry, Simulator, replies, scenario, variants
 from tests.simulator.replies import Call
+from tests.simulator.wire import Raw, Step
 from tests.turns import (
     CHAT,
     MODEL,
@@ -545,6 +546,17 @@ async def test_a_long_answer_ends_at_the_total_limit(simulator: Simulator) -> No
     assert 0 < len(shown.text) < 100
 
 
+async def test_an_answer_that_never_pauses_ends_at_the_total_limit_too(
+    simulator: Simulator,
+) -> None:
+    simulator.script(replies.text("a" * 300, 300, delay=0.01))
+    async with opened(simulator, HTTP_TOTAL_TIMEOUT_SECONDS=0.6) as pipe:
+        shown = await asyncio.wait_for(ask(pipe), 10)
+
+    assert "HTTP_TOTAL_TIMEOUT_SECONDS" in shown.cards[0]
+    assert 0 < len(shown.text) < 300
+
+
 # Models and keys -----------------------------------------------------------------------
 
 
@@ -823,6 +835,22 @@ async def test_g1_fifty_chats_one_after_another_share_connections(
 
     assert len(simulator.posts) == 50
     assert len({entry.connection for entry in simulator.ledger}) <= 2
+
+
+async def test_a_connection_whose_last_bytes_come_late_serves_again(
+    simulator: Simulator,
+) -> None:
+    def late(stage: Any) -> Iterator[Step]:
+        yield from replies.completed()(stage)
+        yield Raw(b": the end is near\n\n", 0.05)
+
+    simulator.script(replies.text("Hello.", terminal=late).times(5))
+    async with opened(simulator) as pipe:
+        for _ in range(5):
+            await ask(pipe, body("Hello"))
+            await asyncio.sleep(0.15)
+
+    assert len({entry.connection for entry in simulator.posts}) == 1
 
 
 # Stop ----------------------------------------------------------------------------------
