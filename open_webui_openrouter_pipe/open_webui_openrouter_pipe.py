@@ -73,6 +73,11 @@ from starlette.responses import StreamingResponse
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from tenacity.stop import stop_after_attempt
 
+try:  # Open WebUI brings it, and has not always done so
+    from orjson import loads as _fast_loads
+except ImportError:
+    _fast_loads = json.loads
+
 JsonObject = dict[str, Any]
 
 # The module is `function_<id>_<32 hex>` in Open WebUI 0.12, `function_<id>` before.
@@ -88,10 +93,12 @@ def new_id(prefix: str) -> str:
 
 def parse_json(data: str | bytes) -> Any:
     """Return the value of a JSON text, or None when it is not JSON."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
+    for loads in (_fast_loads, json.loads):  # the first refuses lone surrogates
+        try:
+            return loads(data)
+        except (ValueError, RecursionError):
+            continue
+    return None
 
 
 def as_object(value: object) -> JsonObject:
