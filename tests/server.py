@@ -468,9 +468,22 @@ class Account:
     def chats_at_once(
         self, model: str, texts: Iterable[str], **options: Any
     ) -> dict[str, Chat]:
-        """Send each message in a new chat, all before the first is answered."""
+        """Send each message in a new chat, all before the first is answered.
+
+        A chat that does not end is stopped, and returned as it is.
+        """
         started = {text: self.start_chat(model, text, **options) for text in texts}
-        return {text: self.wait_chat(each) for text, each in started.items()}
+        deadline = time.monotonic() + 60
+        for each in started.values():
+            try:
+                self.wait_chat(each, max(1, deadline - time.monotonic()))
+            except TimeoutError:
+                self.stop_chat(each)
+                self.wait_chat(each)
+        return {
+            text: self.read_chat(each.chat_id, each.message_id)
+            for text, each in started.items()
+        }
 
     def start_chat(
         self,

@@ -329,7 +329,7 @@ def test_streamed_tool_calls_are_put_together_by_the_library(
 @pytest.fixture(scope="module")
 def errors(
     client: openai.OpenAI, openrouter: Simulator
-) -> dict[str, openai.APIStatusError | None]:
+) -> dict[str, openai.APIError | None]:
     """Let every request fail in its own way, all at once."""
     openrouter.reset()
     for name, (reply, *_) in FAILURES.items():
@@ -337,12 +337,12 @@ def errors(
             reply.forever(), when=lambda entry, n=name: entry.last_user_text == n
         )
 
-    def ask(name: str) -> openai.APIStatusError | None:
+    def ask(name: str) -> openai.APIError | None:
         try:
             client.chat.completions.create(
                 model=MODEL, messages=[{"role": "user", "content": name}]
             )
-        except openai.APIStatusError as error:
+        except openai.APIError as error:
             return error
         return None
 
@@ -352,7 +352,7 @@ def errors(
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_e2_a_failure_is_an_error_object_with_its_status(
-    name: str, errors: dict[str, openai.APIStatusError | None]
+    name: str, errors: dict[str, openai.APIError | None]
 ) -> None:
     _, kind, status, type_ = FAILURES[name]
     error = errors[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -116,19 +117,20 @@ def outcomes(installed: OpenWebUI, openrouter: Simulator) -> dict[str, Outcome]:
         )
     with installed.admin.listen() as tab:
         chats = installed.admin.chats_at_once(MODEL, CASES, session_id=tab.sid)
+        time.sleep(0.5)  # the last event may come a little after the end
         ends = {
-            name: tab.wait(
-                lambda seen, own=chat.message_id: (
-                    seen.message_id == own and bool(seen.data and "done" in seen.data)
-                )
-            )
-            for name, chat in chats.items()
+            seen.message_id: seen.at
+            for seen in tab.events
+            if seen.type == "chat:completion" and "done" in seen.data
         }
     posts = {
         name: [post for post in openrouter.posts if post.last_user_text == name]
         for name in CASES
     }
-    return {n: Outcome(chats[n], posts[n], ends[n].at) for n in CASES}
+    return {
+        name: Outcome(chat, posts[name], ends.get(chat.message_id, math.inf))
+        for name, chat in chats.items()
+    }
 
 
 def check_card(case: Case, outcome: Outcome) -> None:

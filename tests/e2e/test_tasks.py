@@ -44,13 +44,18 @@ def check_modest(post: Entry) -> None:
 def test_b12_a_new_chat_gets_its_title_tags_and_follow_ups(
     admin: Account, simulator: Simulator
 ) -> None:
-    plugins = json.dumps([{"id": "web"}])
-    chat = admin.chat(
-        MODEL,
-        "Hello there",
-        background_tasks=TASKS,
-        params={"reasoning_effort": "high", "custom_params": {"plugins": plugins}},
-    )
+    # The parameters of a model's row reach its tasks too; those of a chat do not.
+    extras = {"plugins": [{"id": "web"}], "tools": [{"type": "openrouter:datetime"}]}
+    params = {
+        "reasoning_effort": "high",
+        "custom_params": {key: json.dumps(value) for key, value in extras.items()},
+    }
+    admin.save_model("busy", base_model_id=MODEL, params=params)
+    admin.models()
+    try:
+        chat = admin.chat("busy", "Hello there", background_tasks=TASKS)
+    finally:
+        admin.call("POST", "/api/v1/models/model/delete", {"id": "busy"})
 
     assert admin.read_chat(chat.id).title == "🚣 A Chat with the Simulator"
     assert tags(admin, chat.id) == ["General", "Simulation"]
