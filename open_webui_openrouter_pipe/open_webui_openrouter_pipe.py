@@ -2951,9 +2951,9 @@ def _is_worth_another_try(error: BaseException) -> bool:
 
 
 def _pause(state: RetryCallState) -> float:
-    """Return the seconds to wait: as long as upstream says, else 0.5 s, then 1 s."""
-    wanted = _error_of(state).retry_after
-    return wanted if wanted is not None else 0.5 * 2 ** (state.attempt_number - 1)
+    """Return the seconds to wait: 0.5, then 1, or longer where upstream says so."""
+    wanted = _error_of(state).retry_after or 0.0
+    return max(wanted, 0.5 * 2 ** (state.attempt_number - 1))
 
 
 class Conversation:
