@@ -467,6 +467,18 @@ async def test_what_shows_nothing_is_tried_again(
     assert [line for line in shown.lines if "Trying again in" in line]
 
 
+async def test_a_wait_of_nothing_is_a_wait_all_the_same(simulator: Simulator) -> None:
+    limited = replies.http_error(429, headers={"Retry-After": "0"})
+    simulator.script(limited.times(2), replies.text("Hello."))
+    async with opened(simulator) as pipe:
+        shown = await ask(pipe)
+
+    first, second, third = (post.at for post in simulator.posts)
+    assert second - first >= 0.5
+    assert third - second >= 1
+    assert shown.text == "Hello."
+
+
 async def test_e3_the_wait_that_is_asked_for_is_kept(simulator: Simulator) -> None:
     limited = scenario("F7", "seconds", retry_after=1)
     simulator.script(limited.times(2), replies.text("Hello."))
