@@ -173,6 +173,21 @@ def test_an_answer_that_is_not_streamed_is_a_completion(
     assert answer.usage.completion_tokens == bill["tokens_completion"]
 
 
+def test_a_client_can_have_responses_events_instead(
+    admin: Account, simulator: Simulator, valves: dict[str, Any]
+) -> None:
+    admin.set_valves("openrouter", {**valves, "STREAM_FORMAT": "responses"})
+    simulator.script(replies.reasoning("I look.", "Words."))
+
+    answer = admin.api_chat(MODEL, "Hello", stream=True)
+
+    types = [event["type"] for event in answer.chunks]
+    assert all(type_.startswith("response.") for type_ in types)
+    assert types[0] == "response.output_item.added"
+    assert types[-1] == "response.completed"
+    assert answer.chunks[-1]["response"]["usage"]["cost"] > 0
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("name", "reason"), [("F19", "length"), ("F20", "content_filter")]
