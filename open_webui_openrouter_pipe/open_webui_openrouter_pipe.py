@@ -955,7 +955,13 @@ class SSEDecoder:
         self._cr = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """Return the payloads that are complete now."""
+        """Return the payloads that are complete now.
+
+        An event that has grown too large is refused with the next chunk, so that
+        what came before it is not lost.
+        """
+        if self._held + self._gathered > _EVENT_LIMIT:
+            raise ConnectionLost("one event was larger than 64 MB")
         if not self._started:
             chunk = self._without_bom(chunk)
         if self._cr or b"\r" in chunk:
@@ -966,10 +972,8 @@ class SSEDecoder:
             return []
         lines = [b"".join(self._pieces), *rest.split(b"\n")]
         self._pieces, self._held = [], 0
-        last = lines.pop()
-        taken = [payload for line in lines if (payload := self._take(line)) is not None]
-        self._hold(last)
-        return taken
+        self._hold(lines.pop())
+        return [payload for line in lines if (payload := self._take(line)) is not None]
 
     def end(self) -> list[bytes]:
         """Return the last payload of a stream that ends without its blank line."""
@@ -992,8 +996,6 @@ class SSEDecoder:
         if piece:
             self._pieces.append(piece)
             self._held += len(piece)
-        if self._held + self._gathered > _EVENT_LIMIT:
-            raise ConnectionLost("one event was larger than 64 MB")
 
     def _without_bom(self, chunk: bytes) -> bytes:
         """Return the stream's first bytes without a byte order mark, once decided."""
