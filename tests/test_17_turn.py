@@ -517,16 +517,18 @@ async def test_a_failure_after_reasoning_is_not_replayed(simulator: Simulator) -
 # No connection -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["refused_url", "tls_url", "unresolvable_url"])
 async def test_f25_without_a_connection_the_card_names_the_network(
-    simulator: Simulator, where: str
+    simulator: Simulator,
 ) -> None:
-    async with opened(simulator, BASE_URL=getattr(simulator, where)) as pipe:
-        shown = await asyncio.wait_for(ask(pipe), 15)
+    async def asked(address: str) -> list[str]:
+        async with opened(simulator, BASE_URL=address) as pipe:
+            return (await asyncio.wait_for(ask(pipe), 15)).cards
 
-    (card,) = shown.cards
-    assert "cannot be reached" in card
-    assert "BASE_URL" in card
+    addresses = simulator.refused_url, simulator.tls_url, simulator.unresolvable_url
+    for cards in await asyncio.gather(*map(asked, addresses)):
+        (card,) = cards
+        assert "cannot be reached" in card
+        assert "BASE_URL" in card
     assert not simulator.posts
 
 
