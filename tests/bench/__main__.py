@@ -32,7 +32,6 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="scenario", help=", ".join(known))
     parser.add_argument("--rounds", type=int, default=Options.rounds)
     parser.add_argument("--tiny", action="store_true", help="only see that it works")
-    parser.add_argument("--profile", action="store_true", help="where the time goes")
     parser.add_argument("--docs", action="store_true", help="renew docs/benchmarks.md")
     given = parser.parse_args()
     if unknown := set(given.names) - set(known):
@@ -40,7 +39,7 @@ def main() -> int:
             f"no scenario {', '.join(sorted(unknown))}; there are {', '.join(known)}"
         )
     signal.signal(signal.SIGTERM, _leave)
-    options = Options(given.rounds, given.tiny, given.profile)
+    options = Options(given.rounds, given.tiny)
     names: list[str] = given.names or list(known)
     with _home():
         results = _measured({name: known[name] for name in names}, options)

@@ -15,7 +15,6 @@ class Options:
 
     rounds: int = 3  # of everything that is compared, in turn
     tiny: bool = False  # only try whether the scenario works
-    profile: bool = False  # say where the time goes, where a scenario can
 
 
 @dataclass(frozen=True, slots=True)

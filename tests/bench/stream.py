@@ -296,7 +296,9 @@ def measure(options: Options) -> list[Row]:
         order = list(WAYS)
         for _ in range(rounds):
             for load, way in itertools.product(loads, order):
-                taken[load][way].append(it.run(load, way))
+                sample = it.run(load, way)
+                taken[load][way].append(sample)
+                print(f"{load.name}: {way}: {sample.cpu_seconds:.3f}", file=sys.stderr)
             order = [*order[1:], order[0]]
     rows = [row for load in loads for row in rows_of(load, taken[load])]
     return [Row("an idle second", {"CPU s": idle}), *rows]
