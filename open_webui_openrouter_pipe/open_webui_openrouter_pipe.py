@@ -593,6 +593,13 @@ class ConnectionLost(Unreachable):
     code, status = "connection_lost", 502
 
 
+class NotAnswered(ConnectionLost):
+    """The connection ended behind the request, so it may have been accepted."""
+
+    happened = "The connection to OpenRouter was lost before an answer came."
+    advice = "Send the message again; the lost request may have been charged."
+
+
 class TimedOut(Unreachable):
     """One of our own limits ran out."""
 
@@ -1016,7 +1023,7 @@ class SSEDecoder:
 
 
 @contextmanager
-def translated() -> Generator[None]:
+def translated(lost: type[ConnectionLost] = ConnectionLost) -> Generator[None]:
     """Turn the HTTP library's failures into ours."""
     try:
         yield
@@ -1025,7 +1032,7 @@ def translated() -> Generator[None]:
     except aiohttp.InvalidURL as error:
         raise ConnectFailed("BASE_URL is not a web address") from error
     except (aiohttp.ClientError, ConnectionError) as error:
-        raise ConnectionLost from error
+        raise lost from error
 
 
 class _TimeLimit:
@@ -1234,7 +1241,7 @@ class Gateway:
         deadline = loop.time() + total if total else None
         headers = {"Authorization": f"Bearer {api_key(valves)}", **_HEADERS}
         async with _TimeLimit(valves.HTTP_STREAM_IDLE_SECONDS, deadline):
-            with translated():
+            with translated(NotAnswered):
                 response = await self._client().post(
                     f"{valves.BASE_URL}/responses",
                     data=io.BytesIO(json.dumps(body).encode()),
