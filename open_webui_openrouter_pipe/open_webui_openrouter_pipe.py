@@ -1545,7 +1545,7 @@ class Gateway:
             with translated():
                 response = await self._client().post(
                     f"{valves.BASE_URL}/responses",
-                    data=io.io.BytesIO(json.dumps(body).encode()),
+                    data=io.BytesIO(json.dumps(body).encode()),
                     headers=headers,
                     timeout=_timeout(valves),
                 )
