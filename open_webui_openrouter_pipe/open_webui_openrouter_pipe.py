@@ -2206,7 +2206,7 @@ def _nullable(schema: JsonObject) -> JsonObject:
     return wider
 
 
-def _resolved(root: JsonObject, ref: str) -> object:
+def _resolved(root: JsonObject, ref: str) -> JsonObject:
     """Return what a local `$ref` points at; raise _NotStrict for any other."""
     if not ref.startswith("#"):
         raise _NotStrict(ref)
@@ -2333,12 +2333,19 @@ def strict_schema(parameters: JsonObject) -> JsonObject | None:
         return None
 
 
-def _branch(schema: JsonObject, value: JsonObject, root: JsonObject) -> JsonObject:
-    """Return the schema among alternatives that an object most likely follows."""
+def _fits(schema: JsonObject, value: object) -> bool:
+    """Say whether a branch is meant for a value: for lists, or with its names."""
+    if isinstance(value, list):
+        return "items" in schema
+    return as_object(value).keys() <= as_object(schema.get("properties")).keys()
+
+
+def _branch(schema: JsonObject, value: object, root: JsonObject) -> JsonObject:
+    """Return the schema among alternatives that a value most likely follows."""
     for _ in range(_STRICT_DEPTH):
         if "$ref" in schema:
             try:
-                schema = as_object(_resolved(root, as_text(schema["$ref"])))
+                schema = _resolved(root, as_text(schema["$ref"]))
             except _NotStrict:
                 return {}
             continue
@@ -2347,31 +2354,23 @@ def _branch(schema: JsonObject, value: JsonObject, root: JsonObject) -> JsonObje
         if not branches:
             return schema
         reached = [_branch(branch, value, root) for branch in branches]
-        fits = [
-            b for b in reached if value.keys() <= as_object(b.get("properties")).keys()
-        ]
-        schema = next(iter(fits or reached))
+        schema = next((b for b in reached if _fits(b, value)), reached[0])
     return schema
 
 
 def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
     """Return a value without the nulls that stand for what was left out."""
+    chosen = _branch(schema, cast(object, value), root)
     if isinstance(value, list):
-        inner = as_object(schema.get("items"))
-        if not inner:
-            inner = as_object(_branch(schema, {}, root).get("items"))
-        listed = cast("list[Any]", value)
-        return [without_nulls(entry, inner, root) for entry in listed]
+        items, listed = as_object(chosen.get("items")), cast("list[Any]", value)
+        return [without_nulls(entry, items, root) for entry in listed]
     if not isinstance(value, dict):
         return value
-    entries = cast(JsonObject, value)
-    chosen = _branch(schema, entries, root)
-    properties = as_object(chosen.get("properties"))
-    needed = as_list(chosen.get("required"))
+    properties, needed = as_object(chosen.get("properties")), chosen.get("required")
     return {
         name: without_nulls(entry, as_object(properties.get(name)), root)
-        for name, entry in entries.items()
-        if entry is not None or name in needed or name not in properties
+        for name, entry in cast(JsonObject, value).items()
+        if entry is not None or name in as_list(needed) or name not in properties
     }
 
 
@@ -2502,19 +2501,15 @@ class Toolbox:
 
     def judge(self, name: str) -> tuple[Verdict, str]:
         """Say who runs a tool, and what the model reads where nobody does."""
-        if not self.runs:
-            return "leave", ""
         entry = self.entries.get(name)
-        if entry is None:
-            return (
-                ("leave", "")
-                if self.is_client
-                else ("answer", f'Error: Tool "{name}" not found.')
-            )
-        if not self.asks and is_runnable(name, entry):
-            return "run", ""
-        if self.can_leave:
+        if not self.runs or (self.asks and self.can_leave):
             return "leave", ""
+        if entry is None and not self.is_client:
+            return "answer", f'Error: Tool "{name}" not found.'
+        if entry is None or (self.can_leave and not is_runnable(name, entry)):
+            return "leave", ""
+        if is_runnable(name, entry) and not self.asks:
+            return "run", ""
         reason = "needs a person's approval" if self.asks else "needs the browser"
         return "answer", f"Error: {name} {reason}, which this kind of request has not."
 
@@ -4192,8 +4187,10 @@ class ResponsesFace:
                 place = {"item_id": item["id"], "output_index": slot}
                 self._deltas[slot] = {**_DELTAS[kind], **place}
                 return [_item_event("added", slot, item)]
-            case Closed(slot, _, item):
-                return [_item_event("done", slot, item)]
+            case Closed(slot, kind, item):
+                # A result comes whole, so it begins and ends in one event.
+                what = "added" if kind == "output" else "done"
+                return [_item_event(what, slot, item)]
             case Sourced(citation):
                 return [{"event": {"type": "source", "data": source_data(citation)}}]
             case Pictured(url):
@@ -4634,8 +4631,7 @@ def offered_body(turn: Turn, card: ModelCard, box: Toolbox) -> JsonObject:
 class Transcript:
     """What a turn has said, called and learnt so far, over all of its rounds."""
 
-    def __init__(self, turn: Turn, box: Toolbox) -> None:
-        messages = turn.body.get("messages")
+    def __init__(self, turn: Turn, box: Toolbox, messages: object = ()) -> None:
         self.relay = Relay(call_ids(messages))
         self.end: Finished | Failed = Failed(ConnectionLost())
         self.usage: JsonObject | None = None
@@ -4860,6 +4856,7 @@ class Conversation:
         box = toolbox(turn)
         story = Transcript(turn, box)
         try:
+            story = Transcript(turn, box, turn.body.get("messages"))
             request, notes, card = await self._prepare(turn, box)
             if notes:
                 yield [Noted(note) for note in notes]
