@@ -3696,6 +3696,11 @@ def _shown(state: _Open, status: str) -> JsonObject:
     return item
 
 
+def whole_output(slot: int, item: JsonObject) -> list[Output]:
+    """Return what shows a result, which has no middle."""
+    return [Opened(slot, "output", item), Closed(slot, "output", item)]
+
+
 class Relay:
     """Turn one response's events into outputs: no await, no clock, no I/O.
 
@@ -3831,7 +3836,7 @@ class Relay:
         closed = Closed(state.slot, state.kind, _shown(state, "completed"))
         if state.kind != "card" or not is_first:
             return [closed]
-        return [closed, Closed(self.take_slot(), "output", _card_output(state))]
+        return [closed, *whole_output(self.take_slot(), _card_output(state))]
 
     def _close_all(self, *, is_whole: bool = False) -> list[Output]:
         """Close what is open; only a response that is whole makes its last calls."""
@@ -4183,12 +4188,14 @@ class ResponsesFace:
         match output:
             case Delta(slot, _, text):
                 return [{**self._deltas[slot], "delta": text}]
+            case Opened(_, "output", _):
+                return []
             case Opened(slot, kind, item):
                 place = {"item_id": item["id"], "output_index": slot}
                 self._deltas[slot] = {**_DELTAS[kind], **place}
                 return [_item_event("added", slot, item)]
             case Closed(slot, kind, item):
-                # A result comes whole, so it begins and ends in one event.
+                # A result comes whole: one event is enough, and it may be long.
                 what = "added" if kind == "output" else "done"
                 return [_item_event(what, slot, item)]
             case Sourced(citation):
@@ -4528,9 +4535,9 @@ def _is_worth_another_try(error: BaseException) -> bool:
 
 
 def _pause(state: RetryCallState) -> float:
-    """Return the seconds to wait: as long as upstream says, else 0.5 s, then 1 s."""
-    wanted = _error_of(state).retry_after
-    return wanted if wanted is not None else 0.5 * 2 ** (state.attempt_number - 1)
+    """Return the seconds to wait: 0.5, then 1, or longer where upstream says so."""
+    wanted = _error_of(state).retry_after or 0.0
+    return max(wanted, 0.5 * 2 ** (state.attempt_number - 1))
 
 
 def rounds_so_far(messages: object) -> int:
@@ -4754,7 +4761,7 @@ class Transcript:
         if result.status != "completed" and item and not self._hides_calls:
             item = {**self._mended.get(slot, item), "status": result.status}
             shown.append(Closed(slot, "function_call", item))
-        return [*shown, Closed(self.relay.take_slot(), "output", result.shown)]
+        return [*shown, *whole_output(self.relay.take_slot(), result.shown)]
 
     def answers(self) -> list[Result]:
         """Return the results of the calls that nobody makes."""
