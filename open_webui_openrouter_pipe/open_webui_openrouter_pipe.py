@@ -70,7 +70,7 @@ from email.utils import parsedate_to_datetime
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from types import TracebackType, coroutine
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast
 from urllib.parse import unquote, urlsplit
@@ -359,6 +359,12 @@ class StreamValves(Valves):
     )
 
 
+def _lists_servers(text: str) -> bool:
+    servers = [as_object(entry) for entry in as_list(parse_json(text))]
+    named = (as_text(s.get(k)) for s in servers for k in ("server_label", "server_url"))
+    return bool(servers) and all(named)
+
+
 class ToolValves(Valves):
     """What tools a model gets, who runs them, and within which limits."""
 
@@ -429,17 +435,11 @@ class ToolValves(Valves):
     @classmethod
     def _is_a_list_of_servers(cls, value: object) -> object:
         text = as_text(value).strip()
-        if text and not text.startswith("encrypted:"):
-            servers = [as_object(entry) for entry in as_list(parse_json(text))]
-            named = [
-                as_text(s.get("server_label")) and as_text(s.get("server_url"))
-                for s in servers
-            ]
-            if not servers or not all(named):
-                raise ValueError(
-                    "REMOTE_MCP_SERVERS_JSON must be a JSON list of objects with "
-                    "server_label and server_url"
-                )
+        if text and not text.startswith("encrypted:") and not _lists_servers(text):
+            raise ValueError(
+                "REMOTE_MCP_SERVERS_JSON must be a JSON list of objects with "
+                "server_label and server_url"
+            )
         return value
 
 
@@ -2206,33 +2206,125 @@ def _nullable(schema: JsonObject) -> JsonObject:
     return wider
 
 
-def _resolved(root: JsonObject, ref: str) -> JsonObject:
-    """Return what a local `$ref` points at; raise _NotStrict for any other."""
-    if not ref.startswith("#"):
-        raise _NotStrict(ref)
-    place: object = root
+def _resolved(root: JsonObject, ref: str) -> JsonObject | None:
+    """Return what a local `$ref` points at, or None."""
+    place: object = root if ref.startswith("#") else None
     for step in ref[1:].split("/")[1:]:
         key = unquote(step).replace("~1", "/").replace("~0", "~")
         place = as_object(place).get(key)
-    if not isinstance(place, dict):
-        raise _NotStrict(ref)
-    return cast(JsonObject, place)
+    return cast(JsonObject, place) if isinstance(place, dict) else None
+
+
+Verdict = Literal["run", "leave", "answer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call to make or to leave.
+
+    `slot` is None for a call that was split off another; `is_mended` says that the
+    arguments are not as the model wrote them.
+    """
+
+    slot: int | None
+    call_id: str
+    name: str
+    arguments: JsonObject
+    problem: str = ""
+    verdict: Verdict = "leave"
+    is_mended: bool = False
+
+
+class Result(NamedTuple):
+    """What became of a call: what the chat shows, and what the model reads."""
+
+    call: Call
+    status: Literal["completed", "failed", "incomplete"]
+    text: str
+    sent: str | list[JsonObject]
+    files: tuple[JsonObject, ...] = ()
+    embeds: tuple[Any, ...] = ()
+    images: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def shown(self) -> JsonObject:
+        """Return the item that Open WebUI's own loop would have left."""
+        pictures = [{"type": "input_image", "image_url": url} for url in self.images]
+        item: JsonObject = {
+            "type": "function_call_output",
+            "id": new_id("fco"),
+            "call_id": self.call.call_id,
+            "output": [{"type": "input_text", "text": self.text}, *pictures],
+            "status": self.status,
+        }
+        if self.files:
+            item["files"] = list(self.files)
+        if self.embeds:
+            item["embeds"] = list(self.embeds)
+        return item
+
+    @property
+    def item(self) -> JsonObject:
+        """Return the item that the model reads."""
+        return {
+            "type": "function_call_output",
+            "call_id": self.call.call_id,
+            "output": self.sent,
+        }
+
+
+def refused(call: Call, text: str, note: str = "") -> Result:
+    """Return the result of a call that was not made, or not to its end."""
+    return Result(call, "failed", text, text, note=note)
+
+
+def _is_kept(word: str, value: object) -> bool:
+    """Say whether strict mode takes a word; without it a schema only allows more."""
+    refused = {
+        "format": value not in _FORMATS if isinstance(value, str) else True,
+        "pattern": "(?" in as_text(value),
+        "exclusiveMinimum": isinstance(value, bool),  # an older JSON Schema
+        "exclusiveMaximum": isinstance(value, bool),
+    }
+    return not refused.get(word, False)
+
+
+def _implied_type(schema: JsonObject) -> JsonObject:
+    """Return the type that the values of an `enum` or `const` have."""
+    values = as_list(schema.get("enum")) + [
+        schema[w] for w in ("const",) if w in schema
+    ]
+    types = list(dict.fromkeys(map(_type_of, values)))
+    if "type" in schema or not types:
+        return {}
+    return {"type": types if len(types) > 1 else types[0]}
 
 
 def _kept_words(schema: JsonObject) -> JsonObject:
-    kept = {word: schema[word] for word in _KEPT_WORDS if word in schema}
-    if kept.get("format") not in _FORMATS:
-        kept.pop("format", None)
-    if "(?" in as_text(kept.get("pattern")):
-        del kept["pattern"]
-    for word in ("exclusiveMinimum", "exclusiveMaximum"):
-        if isinstance(kept.get(word), bool):  # an older dialect of JSON Schema
-            raise _NotStrict(word)
-    if not kept.get("type") and ("enum" in kept or "const" in kept):
-        values = as_list(kept.get("enum")) or [kept.get("const")]
-        types = list(dict.fromkeys(_type_of(value) for value in values))
-        kept["type"] = types[0] if len(types) == 1 else types
-    return kept
+    words = [word for word in _KEPT_WORDS if word in schema]
+    kept = {word: schema[word] for word in words if _is_kept(word, schema[word])}
+    return kept | _implied_type(kept)
+
+
+# How many alternatives each word may have.
+_CHOICES = {"anyOf": 1_000, "oneOf": 1_000, "allOf": 1}
+
+_BESIDE_CHOICES = _DROPPED_WORDS | {"title", "description", "$defs", "definitions"}
+
+_KNOWN_WORDS = _DROPPED_WORDS | _REBUILT_WORDS | frozenset(_KEPT_WORDS)
+
+
+def _unknown_words(schema: JsonObject) -> list[str]:
+    unknown = schema.keys() - _KNOWN_WORDS
+    return [word for word in unknown if not word.startswith("x-")]
+
+
+def _takes_other_names(schema: JsonObject, depth: int) -> bool:
+    """Say whether an object is meant to have names that are not described."""
+    if "additionalProperties" in schema:
+        return schema["additionalProperties"] is not False
+    return depth > 0 and not schema.get("properties")
 
 
 class _StrictWriter:
@@ -2243,26 +2335,22 @@ class _StrictWriter:
 
     def write(self, data: object, depth: int = 0) -> JsonObject:
         """Return a schema in strict form; raise _NotStrict when there is none."""
-        if not isinstance(data, dict) or depth > _STRICT_DEPTH:
+        schema = as_object(data)
+        if not schema or depth > _STRICT_DEPTH:
             raise _NotStrict("no object, or too deep")
-        schema = cast(JsonObject, data)
-        known = _DROPPED_WORDS | _REBUILT_WORDS | set(_KEPT_WORDS)
-        if any(word not in known and not word.startswith("x-") for word in schema):
+        if _unknown_words(schema):
             raise _NotStrict("a word that strict mode does not know")
         written = self._written(schema, depth)
         return _nullable(written) if schema.get("nullable") is True else written
 
     def _written(self, schema: JsonObject, depth: int) -> JsonObject:
         if "$ref" in schema:
-            ref = as_text(schema["$ref"])
-            if _resolved(self._root, ref) is schema or "properties" in schema:
-                raise _NotStrict(ref)
-            return {"$ref": ref}
-        if any(word in schema for word in ("anyOf", "oneOf", "allOf")):
+            return self._reference(schema)
+        if any(word in schema for word in _CHOICES):
             return self._choice(schema, depth)
         written = _kept_words(schema)
-        types = schema_types(written)
-        if not types or not set(types) <= _TYPES:
+        types = set(schema_types(written))
+        if not types or not types <= _TYPES:
             raise _NotStrict("no type, or one that is none")
         if "object" in types:
             written |= self._closed(schema, depth)
@@ -2270,52 +2358,52 @@ class _StrictWriter:
             written["items"] = self.write(schema.get("items"), depth + 1)
         return written
 
+    def _reference(self, schema: JsonObject) -> JsonObject:
+        ref = as_text(schema["$ref"])
+        target = _resolved(self._root, ref)
+        if target is None or target is schema or "properties" in schema:
+            raise _NotStrict(ref)
+        return {"$ref": ref}
+
     def _choice(self, schema: JsonObject, depth: int) -> JsonObject:
         """Return alternatives as `anyOf`; of `oneOf` it allows no less."""
-        word = next(word for word in ("anyOf", "oneOf", "allOf") if word in schema)
-        beside = schema.keys() - {word, "title", "description"} - _DROPPED_WORDS
-        branches = as_list(schema[word])
-        if beside - {"$defs", "definitions"} or not branches:
+        word = next(word for word in _CHOICES if word in schema)
+        beside = schema.keys() - {word} - _BESIDE_CHOICES
+        written = [self.write(branch, depth + 1) for branch in as_list(schema[word])]
+        if beside or not written or len(written) > _CHOICES[word]:
             raise _NotStrict("alternatives beside something else")
-        written = [self.write(branch, depth) for branch in branches]
         if word == "allOf":
-            if len(written) > 1:
-                raise _NotStrict(word)
             return written[0]
         told = {w: schema[w] for w in ("title", "description") if w in schema}
         return {**told, "anyOf": written}
 
     def _closed(self, schema: JsonObject, depth: int) -> JsonObject:
         properties = as_object(schema.get("properties"))
-        needed = [as_text(name) for name in as_list(schema.get("required"))]
-        is_open = schema.get("additionalProperties", False) is not False
-        is_free = not properties and depth and "additionalProperties" not in schema
-        if is_open or is_free or set(needed) - properties.keys():
+        needed = set(map(as_text, as_list(schema.get("required"))))
+        if _takes_other_names(schema, depth) or needed - properties.keys():
             raise _NotStrict("an object with names of its own")
         written = {n: self.write(sub, depth + 1) for n, sub in properties.items()}
+        optional = {n: _nullable(written[n]) for n in written.keys() - needed}
         return {
-            "properties": {
-                name: sub if name in needed else _nullable(sub)
-                for name, sub in written.items()
-            },
+            "properties": {name: optional.get(name, written[name]) for name in written},
             "required": list(written),
             "additionalProperties": False,
         }
 
 
+def _written_root(root: JsonObject) -> JsonObject:
+    writer = _StrictWriter(root)
+    written = writer.write({"type": "object", **root})
+    for word in ("$defs", "definitions"):
+        named = as_object(root.get(word)).items()
+        written |= {word: {n: writer.write(sub) for n, sub in named}} if named else {}
+    return written
+
+
 @lru_cache(maxsize=2048)
 def _strict_from_text(text: str) -> JsonObject | None:
-    root = as_object(parse_json(text))
-    writer = _StrictWriter(root)
     try:
-        typed = root if "type" in root else {"type": "object", **root}
-        if schema_types(typed) != ["object"]:
-            return None
-        written = writer.write(typed)
-        for word in ("$defs", "definitions"):
-            if word in root:
-                named = as_object(root[word]).items()
-                written[word] = {name: writer.write(sub) for name, sub in named}
+        written = _written_root(as_object(parse_json(text)))
     except _NotStrict:
         return None
     return written if schema_types(written) == ["object"] else None
@@ -2340,22 +2428,26 @@ def _fits(schema: JsonObject, value: object) -> bool:
     return as_object(value).keys() <= as_object(schema.get("properties")).keys()
 
 
-def _branch(schema: JsonObject, value: object, root: JsonObject) -> JsonObject:
-    """Return the schema among alternatives that a value most likely follows."""
+def _followed(schema: JsonObject, root: JsonObject) -> JsonObject:
+    """Return the schema behind references."""
     for _ in range(_STRICT_DEPTH):
-        if "$ref" in schema:
-            try:
-                schema = _resolved(root, as_text(schema["$ref"]))
-            except _NotStrict:
-                return {}
-            continue
-        words = (w for w in ("anyOf", "oneOf", "allOf") if w in schema)
-        branches = [as_object(b) for w in words for b in as_list(schema[w])]
-        if not branches:
+        if "$ref" not in schema:
             return schema
-        reached = [_branch(branch, value, root) for branch in branches]
-        schema = next((b for b in reached if _fits(b, value)), reached[0])
-    return schema
+        schema = _resolved(root, as_text(schema["$ref"])) or {}
+    return {}
+
+
+def _branch(
+    schema: JsonObject, value: object, root: JsonObject, depth: int = 0
+) -> JsonObject:
+    """Return the schema among alternatives that a value most likely follows."""
+    schema = _followed(schema, root)
+    listed = (as_list(schema.get(word)) for word in _CHOICES)
+    branches = list(map(as_object, chain.from_iterable(listed)))
+    if not branches or depth > _STRICT_DEPTH:
+        return schema
+    reached = [_branch(branch, value, root, depth + 1) for branch in branches]
+    return next((b for b in reached if _fits(b, value)), reached[0])
 
 
 def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
@@ -2464,8 +2556,6 @@ def search_tool(
     return {"type": "openrouter:web_search", "parameters": parameters}
 
 
-Verdict = Literal["run", "leave", "answer"]
-
 # Open WebUI has to pause, ask or dispatch for these itself (open-webui.md 6).
 _HOST_ONLY = frozenset({"ask_user", "delegate_task", "call_tool"})
 
@@ -2482,6 +2572,11 @@ def is_runnable(name: str, entry: JsonObject) -> bool:
         and as_text(entry.get("type")) in _RUNNABLE_TYPES
         and not as_text(entry.get("tool_id")).startswith("terminal:")
     )
+
+
+def schema_of(entry: JsonObject | None) -> JsonObject:
+    """Return the parameters that an entry of `__tools__` describes."""
+    return as_object(as_object(as_object(entry).get("spec")).get("parameters"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -2502,21 +2597,23 @@ class Toolbox:
     def judge(self, name: str) -> tuple[Verdict, str]:
         """Say who runs a tool, and what the model reads where nobody does."""
         entry = self.entries.get(name)
-        if not self.runs or (self.asks and self.can_leave):
+        if not self.runs or (self.can_leave and self._is_others(name, entry)):
             return "leave", ""
-        if entry is None and not self.is_client:
+        if entry is None:
             return "answer", f'Error: Tool "{name}" not found.'
-        if entry is None or (self.can_leave and not is_runnable(name, entry)):
-            return "leave", ""
-        if is_runnable(name, entry) and not self.asks:
-            return "run", ""
-        reason = "needs a person's approval" if self.asks else "needs the browser"
-        return "answer", f"Error: {name} {reason}, which this kind of request has not."
+        if self.asks or not is_runnable(name, entry):
+            lacks = "a person's approval" if self.asks else "the browser"
+            return "answer", f"Error: {name} needs {lacks}, which this request has not."
+        return "run", ""
 
+    def _is_others(self, name: str, entry: JsonObject | None) -> bool:
+        if entry is None:
+            return self.asks or self.is_client
+        return self.asks or not is_runnable(name, entry)
 
-def schema_of(entry: JsonObject | None) -> JsonObject:
-    """Return the parameters that an entry of `__tools__` describes."""
-    return as_object(as_object(as_object(entry).get("spec")).get("parameters"))
+    def schema(self, name: str) -> JsonObject:
+        """Return the schema by which nulls are told from values, in strict mode."""
+        return schema_of(self.entries.get(name)) if self.strict else {}
 
 
 class Arguments(NamedTuple):
@@ -2583,49 +2680,26 @@ def parse_arguments(text: str, name: str) -> list[Arguments]:
     return [_as_arguments(value, name) for value in values]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call to make or to leave.
-
-    `slot` is None for a call that was split off another; `is_mended` says that the
-    arguments are not as the model wrote them.
-    """
-
-    slot: int | None
-    call_id: str
-    name: str
-    arguments: JsonObject
-    problem: str = ""
-    verdict: Verdict = "leave"
-    is_mended: bool = False
+def _planned_call(box: Toolbox, name: str, written: Arguments) -> Call:
+    verdict, problem = box.judge(name)
+    schema = box.schema(name)
+    values = without_nulls(written.values, schema, schema)
+    wrong = problem or written.problem
+    is_mended = values != written.values
+    verdict = "answer" if wrong else verdict
+    return Call(None, new_id("call"), name, values, wrong, verdict, is_mended)
 
 
 def planned_calls(
     box: Toolbox, slot: int, call_id: str, name: str, text: str
 ) -> list[Call]:
     """Return what one function call item asks for, and who does it."""
-    verdict, problem = box.judge(name)
-    schema = schema_of(box.entries.get(name)) if box.strict else {}
-    calls: list[Call] = []
-    for written in parse_arguments(text, name):
-        values = without_nulls(written.values, schema, schema)
-        wrong = problem or written.problem
-        calls.append(
-            Call(
-                None if calls else slot,
-                new_id("call") if calls else call_id,
-                name,
-                values,
-                wrong,
-                "answer" if wrong else verdict,
-                not wrong and values != written.values,
-            )
-        )
-    if verdict != "leave":
-        return calls
-    if len(calls) > 1 or calls[0].problem:  # whoever runs it reads it as it is
+    parsed = parse_arguments(text, name)
+    first, *more = (_planned_call(box, name, written) for written in parsed)
+    is_left = box.judge(name)[0] == "leave"
+    if is_left and (more or first.problem):  # whoever runs it reads it as it is
         return [Call(slot, call_id, name, {})]
-    return calls
+    return [replace(first, slot=slot, call_id=call_id), *more]
 
 
 def call_item(call: Call, status: str, item_id: str) -> JsonObject:
@@ -2638,50 +2712,6 @@ def call_item(call: Call, status: str, item_id: str) -> JsonObject:
         "name": call.name,
         "arguments": json.dumps(call.arguments, ensure_ascii=False),
     }
-
-
-class Result(NamedTuple):
-    """What became of a call: what the chat shows, and what the model reads."""
-
-    call: Call
-    status: Literal["completed", "failed", "incomplete"]
-    text: str
-    sent: str | list[JsonObject]
-    files: tuple[JsonObject, ...] = ()
-    embeds: tuple[Any, ...] = ()
-    images: tuple[str, ...] = ()
-    note: str = ""
-
-    @property
-    def shown(self) -> JsonObject:
-        """Return the item that Open WebUI's own loop would have left."""
-        pictures = [{"type": "input_image", "image_url": url} for url in self.images]
-        item: JsonObject = {
-            "type": "function_call_output",
-            "id": new_id("fco"),
-            "call_id": self.call.call_id,
-            "output": [{"type": "input_text", "text": self.text}, *pictures],
-            "status": self.status,
-        }
-        if self.files:
-            item["files"] = list(self.files)
-        if self.embeds:
-            item["embeds"] = list(self.embeds)
-        return item
-
-    @property
-    def item(self) -> JsonObject:
-        """Return the item that the model reads."""
-        return {
-            "type": "function_call_output",
-            "call_id": self.call.call_id,
-            "output": self.sent,
-        }
-
-
-def refused(call: Call, text: str, note: str = "") -> Result:
-    """Return the result of a call that was not made, or not to its end."""
-    return Result(call, "failed", text, text, note=note)
 
 
 def interrupted(call: Call) -> Result:
@@ -2795,24 +2825,30 @@ def _readable(value: Any) -> Any:
         return f"({len(value)} bytes that are no text)"
 
 
+async def _pieces(value: Any) -> list[Any] | None:
+    """Return what a generator yields, or None for what is none."""
+    if isinstance(value, AsyncIterator):
+        pieces: list[Any] = []
+        async for piece in cast("AsyncIterator[Any]", value):
+            pieces.append(_readable(piece))
+            if len(pieces) >= _MOST_PIECES:
+                break
+        return pieces
+    if isinstance(value, Generator):
+        some = islice(cast("Generator[Any]", value), _MOST_PIECES)
+        return list(map(_readable, await asyncio.to_thread(list, some)))
+    return None
+
+
 async def _collected(value: Any) -> Any:
     """Return a result as plain data: generators run, bytes read, awaitables awaited."""
     if inspect.isawaitable(value):
         value = await value
-    if isinstance(value, AsyncIterator):
-        pieces: list[Any] = []
-        async for piece in cast("AsyncIterator[Any]", value):
-            pieces.append(piece)
-            if len(pieces) >= _MOST_PIECES:
-                break
-        value = pieces
-    elif isinstance(value, Generator):
-        some = islice(cast("Generator[Any]", value), _MOST_PIECES)
-        value = await asyncio.to_thread(list, some)
-    else:
+    pieces = await _pieces(value)
+    if pieces is None:
         return _readable(value)
-    texts = [_readable(piece) for piece in value]
-    return "".join(texts) if all(isinstance(t, str) for t in texts) else texts
+    is_text = all(isinstance(piece, str) for piece in pieces)
+    return "".join(pieces) if is_text else pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -3670,6 +3706,15 @@ def _card_output(state: _Open) -> JsonObject:
     }
 
 
+def _hosted_item(state: _Open, status: str) -> JsonObject:
+    kept = {k: v for k, v in state.raw.items() if k not in _OPAQUE}
+    item = {**kept, "id": state.id, "status": _hosted_status(state, status)}
+    if item.get("type") == _SEARCH:
+        item["type"] = "web_search_call"
+        item.setdefault("action", {"type": "search", "query": ""})
+    return item
+
+
 def _shown(state: _Open, status: str) -> JsonObject:
     """Return an item as the chat shall hold it, in Open WebUI's shape."""
     item: JsonObject = {"id": state.id, "type": state.kind, "status": status}
@@ -3688,11 +3733,7 @@ def _shown(state: _Open, status: str) -> JsonObject:
     elif state.kind == "card":
         item = _card_call(state, _hosted_status(state, status))
     else:
-        kept = {k: v for k, v in state.raw.items() if k not in _OPAQUE}
-        item = {**kept, "id": state.id, "status": _hosted_status(state, status)}
-        if item.get("type") == _SEARCH:
-            item |= {"type": "web_search_call"}
-            item.setdefault("action", {"type": "search", "query": ""})
+        item = _hosted_item(state, status)
     return item
 
 
@@ -4141,6 +4182,9 @@ _DELTAS: dict[Kind, JsonObject] = {
     "output": {},
 }
 
+# A result comes whole: one event is enough, and it may be long.
+_CLOSING: dict[Kind, str] = {**dict.fromkeys(_DELTAS, "done"), "output": "added"}
+
 
 def _item_event(what: str, slot: int, item: JsonObject) -> JsonObject:
     return {"type": f"response.output_item.{what}", "output_index": slot, "item": item}
@@ -4188,16 +4232,14 @@ class ResponsesFace:
         match output:
             case Delta(slot, _, text):
                 return [{**self._deltas[slot], "delta": text}]
-            case Opened(_, "output", _):
+            case Opened(_, "output", _) | Keep() | CallTool():
                 return []
             case Opened(slot, kind, item):
                 place = {"item_id": item["id"], "output_index": slot}
                 self._deltas[slot] = {**_DELTAS[kind], **place}
                 return [_item_event("added", slot, item)]
             case Closed(slot, kind, item):
-                # A result comes whole: one event is enough, and it may be long.
-                what = "added" if kind == "output" else "done"
-                return [_item_event(what, slot, item)]
+                return [_item_event(_CLOSING[kind], slot, item)]
             case Sourced(citation):
                 return [{"event": {"type": "source", "data": source_data(citation)}}]
             case Pictured(url):
@@ -4211,8 +4253,6 @@ class ResponsesFace:
             case Failed(error, usage):
                 spent = [{"choices": [], "usage": usage}] if usage else []
                 return [*spent, _failure(error)]
-            case Keep() | CallTool():
-                return []
 
 
 def tool_call(item: JsonObject) -> JsonObject:
@@ -4584,22 +4624,37 @@ def summed_usage(
     return total
 
 
+def runs_tools(turn: Turn) -> bool:
+    """Say whether tools run here. Chunks in a chat cannot show results."""
+    shows_chunks = turn.settings.STREAM_FORMAT == "chunks" and turn.is_streamed
+    if turn.caller is Caller.CHAT and shows_chunks:
+        return False
+    return turn.settings.TOOL_EXECUTION == "pipe" and turn.caller is not Caller.TASK
+
+
 def toolbox(turn: Turn) -> Toolbox:
     """Return the tools of a turn, and who may run them."""
-    settings = turn.settings
     params = as_object(turn.metadata.get("params"))
     is_chat = turn.caller is Caller.CHAT
-    speaks_chunks = settings.STREAM_FORMAT == "chunks" and turn.is_streamed
     return Toolbox(
         entries={name: as_object(entry) for name, entry in turn.tools.items()},
-        runs=settings.TOOL_EXECUTION == "pipe"
-        and turn.caller is not Caller.TASK
-        and not (is_chat and speaks_chunks),  # chunks cannot show results
+        runs=runs_tools(turn),
         asks=as_text(params.get("tool_approval_mode")) not in ("", "full"),
         can_leave=turn.is_streamed or not is_chat,
         is_client=not is_chat,
-        strict=settings.ENABLE_STRICT_TOOL_CALLING and is_chat,
+        strict=is_chat and turn.settings.ENABLE_STRICT_TOOL_CALLING,
     )
+
+
+def _listed_tools(turn: Turn, box: Toolbox) -> list[Any]:
+    """Return the body's tools; where it says nothing, those that stand beside it."""
+    meta = turn.metadata
+    is_legacy = as_object(meta.get("params")).get("function_calling") == "legacy"
+    if "tools" in turn.body or is_legacy:
+        return list(as_list(turn.body.get("tools")))
+    hidden = as_list(meta.get("deferred_tools"))
+    shown = (entry for name, entry in box.entries.items() if name not in hidden)
+    return [{"type": "function", "function": entry.get("spec")} for entry in shown]
 
 
 def _with_hosted(turn: Turn, card: ModelCard, tools: list[Any]) -> list[Any]:
@@ -4619,20 +4674,10 @@ def _with_hosted(turn: Turn, card: ModelCard, tools: list[Any]) -> list[Any]:
 
 def offered_body(turn: Turn, card: ModelCard, box: Toolbox) -> JsonObject:
     """Return the body with the tools that this chat offers to this model."""
-    body, meta = turn.body, turn.metadata
-    tools = list(as_list(body.get("tools")))
-    is_legacy = as_object(meta.get("params")).get("function_calling") == "legacy"
-    if "tools" not in body and not is_legacy:
-        hidden = as_list(meta.get("deferred_tools"))
-        tools = [
-            {"type": "function", "function": entry.get("spec")}
-            for name, entry in box.entries.items()
-            if name not in hidden
-        ]
-    tools += as_list(body.get("extra_tools"))
+    tools = [*_listed_tools(turn, box), *as_list(turn.body.get("extra_tools"))]
     if turn.caller is not Caller.TASK and not box.asks:  # nobody asks for hosted ones
         tools = _with_hosted(turn, card, tools)
-    return {**body, "tools": offered_tools(tools, strict=box.strict)}
+    return {**turn.body, "tools": offered_tools(tools, strict=box.strict)}
 
 
 class Transcript:
