@@ -11,10 +11,12 @@ required_open_webui_version: 0.12.0
     02 Settings      the valves an admin sets
     03 Errors        what can go wrong, and the words for it
     04 Wire          Responses events and items, parsed once
+    05 Guards        places in an orderly line, and rest for what fails
     07 Gateway       the only user of the HTTP library
     08 Catalog       OpenRouter's models: parsed, chosen, kept fresh
     11 Media         images that a model makes become Open WebUI files
     12 Input         chat messages become Responses input
+    13 Tools         offered, judged, run in parallel, shown as the host does
     14 Request       one valid body for POST /responses
     15 Relay         one response's events become outputs
     16 Chat          outputs become what Open WebUI or an API client reads
@@ -28,10 +30,12 @@ from __future__ import annotations
 # region 01 Foundations ────────────────────────────────────────────────────────────────
 # Small words that every other section speaks.
 # Uses: nothing. Pure.
+import ast
 import asyncio
 import base64
 import codecs
 import difflib
+import inspect
 import io
 import json
 import logging
@@ -41,9 +45,10 @@ import secrets
 import sys
 import time
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterator,
     Awaitable,
     Callable,
     Collection,
@@ -53,21 +58,35 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing, closing, contextmanager
+from contextlib import (
+    aclosing,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from fnmatch import fnmatchcase
-from itertools import groupby
-from types import TracebackType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
-from urllib.parse import urlsplit
+from functools import lru_cache, partial
+from itertools import chain, groupby, islice
+from types import TracebackType, coroutine
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 from starlette.responses import StreamingResponse
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
@@ -340,6 +359,110 @@ class StreamValves(Valves):
     )
 
 
+def _lists_servers(text: str) -> bool:
+    servers = [as_object(entry) for entry in as_list(parse_json(text))]
+    named = (as_text(s.get(k)) for s in servers for k in ("server_label", "server_url"))
+    return bool(servers) and all(named)
+
+
+class ToolValves(Valves):
+    """What tools a model gets, who runs them, and within which limits."""
+
+    TOOL_EXECUTION: Literal["pipe", "open_webui"] = Field(
+        default="pipe",
+        description="`pipe`: tools run here, in parallel and under guard; what needs an "
+        "approval or the browser is handed to Open WebUI. `open_webui`: Open WebUI runs "
+        "every tool, one after another.",
+    )
+    MAX_PARALLEL_TOOLS_PER_REQUEST: int = Field(
+        default=10, ge=1, le=100, description="Tools that one chat runs at once."
+    )
+    MAX_PARALLEL_TOOLS_GLOBAL: int = Field(
+        default=200, ge=1, le=10_000, description="Tools that all chats run at once."
+    )
+    TOOL_TIMEOUT_SECONDS: float = Field(
+        default=120,
+        gt=0,
+        le=86_400,
+        description="How long one tool call may take. The model is told when it ran out.",
+    )
+    TOOL_BATCH_TIMEOUT_SECONDS: float = Field(
+        default=300,
+        gt=0,
+        le=86_400,
+        description="How long the answer waits for all tools of one round.",
+    )
+    TOOL_RESULT_MAX_CHARS: int = Field(
+        default=100_000,
+        ge=1_000,
+        le=10_000_000,
+        description="Longer tool results are cut for the model and say so; the whole "
+        "result is attached as a file.",
+    )
+    MAX_FUNCTION_CALL_LOOPS: int = Field(
+        default=25,
+        ge=1,
+        le=1000,
+        description="Rounds of tool calls per answer. After the last one the model "
+        "answers with what it has.",
+    )
+    ENABLE_STRICT_TOOL_CALLING: bool = Field(
+        default=False,
+        description="Send tool schemas in strict mode, so that models that know it "
+        "cannot miss them. A schema that does not fit strict mode is sent as it is.",
+    )
+    BREAKER_MAX_FAILURES: int = Field(
+        default=5,
+        ge=0,
+        le=1000,
+        description="Failures after which a tool rests for its user; 0 is never.",
+    )
+    BREAKER_WINDOW_SECONDS: float = Field(
+        default=60,
+        gt=0,
+        le=86_400,
+        description="Within which time failures count, and how long a tool then rests.",
+    )
+    REMOTE_MCP_SERVERS_JSON: Secret = Field(
+        default=Secret(""),
+        description="MCP servers that OpenRouter calls for the model, as a JSON list: "
+        '[{"server_label": "docs", "server_url": "https://...", "authorization": '
+        '"..."}]. Stored encrypted. Not offered in chats that ask before a tool runs.',
+        json_schema_extra={"input": {"type": "password"}},
+    )
+
+    @field_validator("REMOTE_MCP_SERVERS_JSON", mode="before")
+    @classmethod
+    def _is_a_list_of_servers(cls, value: object) -> object:
+        text = as_text(value).strip()
+        if text and not text.startswith("encrypted:") and not _lists_servers(text):
+            raise ValueError(
+                "REMOTE_MCP_SERVERS_JSON must be a JSON list of objects with "
+                "server_label and server_url"
+            )
+        return value
+
+
+class SearchValves(Valves):
+    """OpenRouter's web search."""
+
+    ENABLE_WEB_SEARCH_TOOL: Literal["off", "when_asked", "always"] = Field(
+        default="when_asked",
+        description="`when_asked`: the chat's own web search switch gives the model "
+        "OpenRouter's search instead of Open WebUI's. `always`: in every chat. "
+        "Searches cost money. Chats that ask before a tool runs keep Open WebUI's.",
+    )
+    WEB_SEARCH_MAX_RESULTS: int = Field(
+        default=5, ge=1, le=25, description="Results per search."
+    )
+    WEB_SEARCH_ENGINE: Literal[
+        "auto", "native", "exa", "firecrawl", "parallel", "perplexity"
+    ] = Field(
+        default="auto",
+        description="Who searches. `auto`: the model's provider where it can, else Exa.",
+    )
+
+
 class TaskValves(Valves):
     """Titles, tags, follow-ups and search queries."""
 
@@ -359,8 +482,60 @@ class LogValves(Valves):
     )
 
 
-class Settings(LogValves, TaskValves, StreamValves, CatalogValves, ConnectionValves):
+class UserSettings(Valves):
+    """What a user may choose; a default means: as the admin set it."""
+
+    ENABLE_WEB_SEARCH_TOOL: Literal["default", "off", "when_asked", "always"] = Field(
+        default="default",
+        description="`when_asked`: web search follows the chat's switch. `default`: as "
+        "the admin set it. Has no effect where the admin switched it off.",
+    )
+    WEB_SEARCH_MAX_RESULTS: int = Field(
+        default=0,
+        ge=0,
+        le=25,
+        description="Results per search. 0: as the admin set it.",
+    )
+    WEB_SEARCH_ENGINE: Literal[
+        "default", "auto", "native", "exa", "firecrawl", "parallel", "perplexity"
+    ] = Field(
+        default="default", description="Who searches. `default`: as the admin set it."
+    )
+
+    @classmethod
+    def read(cls, chosen: object) -> JsonObject:
+        """Return what a user chose, from an instance of any load of this class."""
+        values = chosen.model_dump() if isinstance(chosen, BaseModel) else chosen
+        return {
+            name: value
+            for name, field_ in cls.model_fields.items()
+            if (value := as_object(values).get(name, field_.default)) != field_.default
+        }
+
+
+class Settings(
+    LogValves,
+    TaskValves,
+    SearchValves,
+    ToolValves,
+    StreamValves,
+    CatalogValves,
+    ConnectionValves,
+):
     """Every valve an admin can set, read once per request."""
+
+    def for_user(self, chosen: object) -> Settings:
+        """Return the settings with a user's choices, within the admin's bounds."""
+        choices = UserSettings.read(chosen)
+        if self.ENABLE_WEB_SEARCH_TOOL == "off":
+            choices.pop("ENABLE_WEB_SEARCH_TOOL", None)
+        if not choices:
+            return self
+        try:
+            return Settings.model_validate({**self.model_dump(), **choices})
+        except ValidationError as error:
+            LOG.warning("A user's settings were left out: %s", error.errors()[0]["msg"])
+            return self
 
 
 # endregion
@@ -391,6 +566,14 @@ class PipeError(Exception):
 
 class Refused(PipeError):
     """We did not send the request."""
+
+
+class Overloaded(Refused):
+    """The line is full."""
+
+    happened = "The server is busy: too many requests wait already."
+    advice = "Try again in a moment."
+    code, status = "overloaded", 503
 
 
 class NotConfigured(Refused):
@@ -562,6 +745,14 @@ class Filtered(Incomplete):
     happened = "The provider's content filter stopped the answer."
     advice = "Change the question, or choose another model."
     code = "content_filter"
+
+
+class ToolLimit(Incomplete):
+    """The rounds of tool calls are used up, and the model still said nothing."""
+
+    happened = "The model kept calling tools until the limit was reached."
+    advice = "Ask it to go on, or let an admin raise MAX_FUNCTION_CALL_LOOPS."
+    code = "max_function_call_loops"
 
 
 class NoAnswer(Upstream):
@@ -930,6 +1121,125 @@ def parse_event(data: object) -> Event | None:
     if event.text:
         return event
     return _with_body(event, raw)
+
+
+# endregion
+
+
+# region 05 Guards ─────────────────────────────────────────────────────────────────────
+# Who may go on: places with an orderly line, and rest for what keeps failing.
+# Uses: 03. Pure, one await.
+
+
+class Limiter:
+    """So many inside, the others in order of arrival; the limit may change."""
+
+    def __init__(self) -> None:
+        self._limit = 1
+        self._inside = 0
+        self._line: deque[asyncio.Future[None]] = deque()
+
+    @asynccontextmanager
+    async def place(self, limit: int, line: int) -> AsyncGenerator[None]:
+        """Wait for a place; raise Overloaded when `line` others wait already."""
+        await self._enter(limit, line)
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._let_in()
+
+    async def _enter(self, limit: int, line: int) -> None:
+        self._limit = limit
+        self._let_in()
+        if self._inside < limit:
+            self._inside += 1
+            return
+        if len(self._line) >= line:
+            raise Overloaded
+        ticket = asyncio.get_running_loop().create_future()
+        self._line.append(ticket)
+        try:
+            await ticket
+        except asyncio.CancelledError:
+            if ticket.done() and not ticket.cancelled():  # let in at the same moment
+                self._inside -= 1
+                self._let_in()
+            else:
+                self._line.remove(ticket)
+            raise
+
+    def _let_in(self) -> None:
+        while self._line and self._inside < self._limit:
+            ticket = self._line.popleft()
+            if not ticket.done():
+                ticket.set_result(None)
+                self._inside += 1
+
+
+class Breaker:
+    """Rest what failed too often within a window; one trial ends the rest.
+
+    Times are seconds of one clock. A limit of 0 never rests.
+    """
+
+    def __init__(self) -> None:
+        self._failures: deque[float] = deque()
+        self._rests_since: float | None = None
+        self._is_tried = False
+
+    def admits(self, now: float, window: float) -> bool:
+        """Say whether a call may go on; of many after the rest, one."""
+        if self._rests_since is None:
+            return True
+        if self._is_tried or now < self._rests_since + window:
+            return False
+        self._is_tried = True
+        return True
+
+    def succeeded(self) -> None:
+        """Take note of a success: what failed before counts no more."""
+        self._failures.clear()
+        self._rests_since, self._is_tried = None, False
+
+    def failed(self, now: float, window: float, limit: int) -> bool:
+        """Take note of a failure; say whether the rest begins with it."""
+        while self._failures and self._failures[0] <= now - window:
+            self._failures.popleft()
+        self._failures.append(now)
+        tried, self._is_tried = self._is_tried, False
+        if not limit or (len(self._failures) < limit and not tried):
+            return False
+        begins = self._rests_since is None or tried
+        self._rests_since = now
+        return begins
+
+    def released(self) -> None:
+        """Take note of a call that ended as neither: cancelled, or never made."""
+        self._is_tried = False
+
+    def rest_seconds(self, now: float, window: float) -> float:
+        """Return how long the rest still lasts."""
+        if self._rests_since is None:
+            return 0.0
+        return max(0.0, self._rests_since + window - now)
+
+
+class Breakers:
+    """A breaker for each key; of very many, the ones used longest ago are forgotten."""
+
+    _MOST: ClassVar[int] = 10_000
+
+    def __init__(self) -> None:
+        self._by_key: dict[tuple[str, ...], Breaker] = {}
+
+    def get(self, *key: str) -> Breaker:
+        """Return the breaker of a key."""
+        breaker = self._by_key.pop(key, None) or Breaker()
+        self._by_key[key] = breaker
+        if len(self._by_key) > self._MOST:
+            del self._by_key[next(iter(self._by_key))]
+        return breaker
 
 
 # endregion
@@ -1645,6 +1955,9 @@ _PARTS: dict[str, tuple[str, Callable[[JsonObject], JsonObject | None]]] = {
 }
 
 
+_RESULT_PARTS = frozenset({"input_text", "input_image", "input_file"})
+
+
 class _InputWriter:
     """Collect the items of one conversation, message by message."""
 
@@ -1673,6 +1986,8 @@ class _InputWriter:
         self._add("assistant", _plain(message.get("content")))
         for call in as_objects(message.get("tool_calls")):
             function = as_object(call.get("function"))
+            if ":" in as_text(function.get("name")):
+                continue  # the card of a hosted tool, which is no function
             arguments = function.get("arguments") or "{}"
             self.items.append(
                 {
@@ -1689,6 +2004,8 @@ class _InputWriter:
 
     def _tool_result(self, message: JsonObject) -> None:
         content = self._content(message.get("content"))
+        if not isinstance(content, str):  # a result may hold no sound and no film
+            content = [part for part in content if part["type"] in _RESULT_PARTS]
         self.items.append(
             {
                 "type": "function_call_output",
@@ -1728,7 +2045,7 @@ def _answers(
     ]
 
 
-def _paired(items: list[JsonObject]) -> list[JsonObject]:
+def paired(items: list[JsonObject]) -> list[JsonObject]:
     """Return the items with exactly one output behind each call, and none without.
 
     Providers refuse anything else (openrouter.md 8.2, rule 7).
@@ -1768,7 +2085,7 @@ def build_input(messages: object, card: ModelCard) -> ChatInput:
     writer = _InputWriter(card)
     for message in rest:
         writer.write(message)
-    items = _paired(writer.items)
+    items = paired(writer.items)
     if not items and instructions:  # a system prompt alone is a request too
         items, instructions = [_message("system", instructions)], ""
     if not items:
@@ -1779,9 +2096,1108 @@ def build_input(messages: object, card: ModelCard) -> ChatInput:
 # endregion
 
 
+# region 13 Tools ──────────────────────────────────────────────────────────────────────
+# What a model is offered, who runs a call, and running it: in parallel, under guard.
+# Uses: 01 02 03 05 08.
+
+# Strict schemas
+
+
+class _NotStrict(Exception):
+    """A schema says something that strict mode cannot say."""
+
+
+_STRICT_DEPTH = 10
+
+_TYPES = frozenset(
+    {"array", "boolean", "integer", "null", "number", "object", "string"}
+)
+
+_KEPT_WORDS = (
+    "type",
+    "title",
+    "description",
+    "enum",
+    "const",
+    "pattern",
+    "format",
+    "multipleOf",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "minItems",
+    "maxItems",
+)
+
+# Without these a schema only allows more, and strict mode refuses them.
+_DROPPED_WORDS = frozenset(
+    {
+        "$comment",
+        "$id",
+        "$schema",
+        "contentEncoding",
+        "contentMediaType",
+        "default",
+        "deprecated",
+        "discriminator",
+        "example",
+        "examples",
+        "externalDocs",
+        "maxLength",
+        "minLength",
+        "nullable",
+        "readOnly",
+        "uniqueItems",
+        "writeOnly",
+        "xml",
+    }
+)
+
+_REBUILT_WORDS = frozenset(
+    {
+        "$defs",
+        "$ref",
+        "additionalProperties",
+        "allOf",
+        "anyOf",
+        "definitions",
+        "items",
+        "oneOf",
+        "properties",
+        "required",
+    }
+)
+
+_FORMATS = frozenset(
+    {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time"}
+    | {"uuid"}
+)
+
+_PYTHON_TYPES: tuple[tuple[type, str], ...] = (
+    (bool, "boolean"),
+    (int, "integer"),
+    (float, "number"),
+    (str, "string"),
+    (type(None), "null"),
+    (dict, "object"),
+    (list, "array"),
+)
+
+
+def schema_types(schema: JsonObject) -> list[str]:
+    """Return the types a schema names: none, one or several."""
+    types = schema.get("type")
+    return [types] if isinstance(types, str) else [as_text(t) for t in as_list(types)]
+
+
+def _type_of(value: object) -> str:
+    return next(name for kind, name in _PYTHON_TYPES if isinstance(value, kind))
+
+
+def _accepts_null(schema: JsonObject) -> bool:
+    types = schema_types(schema)
+    if "anyOf" in schema:
+        return any(_accepts_null(as_object(s)) for s in as_list(schema["anyOf"]))
+    if "enum" in schema and None not in schema["enum"]:
+        return False
+    return "null" in types and schema.get("const") is None
+
+
+def _nullable(schema: JsonObject) -> JsonObject:
+    """Return a strict schema that takes null too."""
+    if _accepts_null(schema):
+        return schema
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
+    types = schema_types(schema)
+    plain = types and not {"object", "array"} & set(types) and "const" not in schema
+    if not plain:
+        return {"anyOf": [schema, {"type": "null"}]}
+    wider = {**schema, "type": list(dict.fromkeys([*types, "null"]))}
+    if "enum" in schema:
+        wider["enum"] = [*schema["enum"], *([] if None in schema["enum"] else [None])]
+    return wider
+
+
+def _resolved(root: JsonObject, ref: str) -> JsonObject | None:
+    """Return what a local `$ref` points at, or None."""
+    place: object = root if ref.startswith("#") else None
+    for step in ref[1:].split("/")[1:]:
+        key = unquote(step).replace("~1", "/").replace("~0", "~")
+        place = as_object(place).get(key)
+    return cast(JsonObject, place) if isinstance(place, dict) else None
+
+
+Verdict = Literal["run", "leave", "answer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call to make or to leave.
+
+    `slot` is None for a call that was split off another; `is_mended` says that the
+    arguments are not as the model wrote them.
+    """
+
+    slot: int | None
+    call_id: str
+    name: str
+    arguments: JsonObject
+    problem: str = ""
+    verdict: Verdict = "leave"
+    is_mended: bool = False
+
+
+class Result(NamedTuple):
+    """What became of a call: what the chat shows, and what the model reads."""
+
+    call: Call
+    status: Literal["completed", "failed", "incomplete"]
+    text: str
+    sent: str | list[JsonObject]
+    files: tuple[JsonObject, ...] = ()
+    embeds: tuple[Any, ...] = ()
+    images: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def shown(self) -> JsonObject:
+        """Return the item that Open WebUI's own loop would have left."""
+        pictures = [{"type": "input_image", "image_url": url} for url in self.images]
+        item: JsonObject = {
+            "type": "function_call_output",
+            "id": new_id("fco"),
+            "call_id": self.call.call_id,
+            "output": [{"type": "input_text", "text": self.text}, *pictures],
+            "status": self.status,
+        }
+        if self.files:
+            item["files"] = list(self.files)
+        if self.embeds:
+            item["embeds"] = list(self.embeds)
+        return item
+
+    @property
+    def item(self) -> JsonObject:
+        """Return the item that the model reads."""
+        return {
+            "type": "function_call_output",
+            "call_id": self.call.call_id,
+            "output": self.sent,
+        }
+
+
+def refused(call: Call, text: str, note: str = "") -> Result:
+    """Return the result of a call that was not made, or not to its end."""
+    return Result(call, "failed", text, text, note=note)
+
+
+def _is_kept(word: str, value: object) -> bool:
+    """Say whether strict mode takes a word; without it a schema only allows more."""
+    refused = {
+        "format": value not in _FORMATS if isinstance(value, str) else True,
+        "pattern": "(?" in as_text(value),
+        "exclusiveMinimum": isinstance(value, bool),  # an older JSON Schema
+        "exclusiveMaximum": isinstance(value, bool),
+    }
+    return not refused.get(word, False)
+
+
+def _implied_type(schema: JsonObject) -> JsonObject:
+    """Return the type that the values of an `enum` or `const` have."""
+    values = as_list(schema.get("enum")) + [
+        schema[w] for w in ("const",) if w in schema
+    ]
+    types = list(dict.fromkeys(map(_type_of, values)))
+    if "type" in schema or not types:
+        return {}
+    return {"type": types if len(types) > 1 else types[0]}
+
+
+def _kept_words(schema: JsonObject) -> JsonObject:
+    words = [word for word in _KEPT_WORDS if word in schema]
+    kept = {word: schema[word] for word in words if _is_kept(word, schema[word])}
+    return kept | _implied_type(kept)
+
+
+# How many alternatives each word may have.
+_CHOICES = {"anyOf": 1_000, "oneOf": 1_000, "allOf": 1}
+
+_BESIDE_CHOICES = _DROPPED_WORDS | {"title", "description", "$defs", "definitions"}
+
+_KNOWN_WORDS = _DROPPED_WORDS | _REBUILT_WORDS | frozenset(_KEPT_WORDS)
+
+
+def _unknown_words(schema: JsonObject) -> list[str]:
+    unknown = schema.keys() - _KNOWN_WORDS
+    return [word for word in unknown if not word.startswith("x-")]
+
+
+def _takes_other_names(schema: JsonObject, depth: int) -> bool:
+    """Say whether an object is meant to have names that are not described."""
+    if "additionalProperties" in schema:
+        return schema["additionalProperties"] is not False
+    return depth > 0 and not schema.get("properties")
+
+
+class _StrictWriter:
+    """Rewrite one schema; `root` is where its references point."""
+
+    def __init__(self, root: JsonObject) -> None:
+        self._root = root
+
+    def write(self, data: object, depth: int = 0) -> JsonObject:
+        """Return a schema in strict form; raise _NotStrict when there is none."""
+        schema = as_object(data)
+        if not schema or depth > _STRICT_DEPTH:
+            raise _NotStrict("no object, or too deep")
+        if _unknown_words(schema):
+            raise _NotStrict("a word that strict mode does not know")
+        written = self._written(schema, depth)
+        return _nullable(written) if schema.get("nullable") is True else written
+
+    def _written(self, schema: JsonObject, depth: int) -> JsonObject:
+        if "$ref" in schema:
+            return self._reference(schema)
+        if any(word in schema for word in _CHOICES):
+            return self._choice(schema, depth)
+        written = _kept_words(schema)
+        types = set(schema_types(written))
+        if not types or not types <= _TYPES:
+            raise _NotStrict("no type, or one that is none")
+        if "object" in types:
+            written |= self._closed(schema, depth)
+        if "array" in types:
+            written["items"] = self.write(schema.get("items"), depth + 1)
+        return written
+
+    def _reference(self, schema: JsonObject) -> JsonObject:
+        ref = as_text(schema["$ref"])
+        target = _resolved(self._root, ref)
+        if target is None or target is schema or "properties" in schema:
+            raise _NotStrict(ref)
+        return {"$ref": ref}
+
+    def _choice(self, schema: JsonObject, depth: int) -> JsonObject:
+        """Return alternatives as `anyOf`; of `oneOf` it allows no less."""
+        word = next(word for word in _CHOICES if word in schema)
+        beside = schema.keys() - {word} - _BESIDE_CHOICES
+        written = [self.write(branch, depth + 1) for branch in as_list(schema[word])]
+        if beside or not written or len(written) > _CHOICES[word]:
+            raise _NotStrict("alternatives beside something else")
+        if word == "allOf":
+            return written[0]
+        told = {w: schema[w] for w in ("title", "description") if w in schema}
+        return {**told, "anyOf": written}
+
+    def _closed(self, schema: JsonObject, depth: int) -> JsonObject:
+        properties = as_object(schema.get("properties"))
+        needed = set(map(as_text, as_list(schema.get("required"))))
+        if _takes_other_names(schema, depth) or needed - properties.keys():
+            raise _NotStrict("an object with names of its own")
+        written = {n: self.write(sub, depth + 1) for n, sub in properties.items()}
+        optional = {n: _nullable(written[n]) for n in written.keys() - needed}
+        return {
+            "properties": {name: optional.get(name, written[name]) for name in written},
+            "required": list(written),
+            "additionalProperties": False,
+        }
+
+
+def _written_root(root: JsonObject) -> JsonObject:
+    writer = _StrictWriter(root)
+    written = writer.write({"type": "object", **root})
+    for word in ("$defs", "definitions"):
+        named = as_object(root.get(word)).items()
+        written |= {word: {n: writer.write(sub) for n, sub in named}} if named else {}
+    return written
+
+
+@lru_cache(maxsize=2048)
+def _strict_from_text(text: str) -> JsonObject | None:
+    try:
+        written = _written_root(as_object(parse_json(text)))
+    except _NotStrict:
+        return None
+    return written if schema_types(written) == ["object"] else None
+
+
+def strict_schema(parameters: JsonObject) -> JsonObject | None:
+    """Return parameters in strict form, or None when they cannot be made strict.
+
+    Every object is closed, every property required, and what was optional may be
+    null. The result is shared: read it, do not write to it.
+    """
+    try:
+        return _strict_from_text(json.dumps(parameters))
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _fits(schema: JsonObject, value: object) -> bool:
+    """Say whether a branch is meant for a value: for lists, or with its names."""
+    if isinstance(value, list):
+        return "items" in schema
+    return as_object(value).keys() <= as_object(schema.get("properties")).keys()
+
+
+def _followed(schema: JsonObject, root: JsonObject) -> JsonObject:
+    """Return the schema behind references."""
+    for _ in range(_STRICT_DEPTH):
+        if "$ref" not in schema:
+            return schema
+        schema = _resolved(root, as_text(schema["$ref"])) or {}
+    return {}
+
+
+def _branch(
+    schema: JsonObject, value: object, root: JsonObject, depth: int = 0
+) -> JsonObject:
+    """Return the schema among alternatives that a value most likely follows."""
+    schema = _followed(schema, root)
+    listed = (as_list(schema.get(word)) for word in _CHOICES)
+    branches = list(map(as_object, chain.from_iterable(listed)))
+    if not branches or depth > _STRICT_DEPTH:
+        return schema
+    reached = [_branch(branch, value, root, depth + 1) for branch in branches]
+    return next((b for b in reached if _fits(b, value)), reached[0])
+
+
+def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
+    """Return a value without the nulls that stand for what was left out."""
+    chosen = _branch(schema, cast(object, value), root)
+    if isinstance(value, list):
+        items, listed = as_object(chosen.get("items")), cast("list[Any]", value)
+        return [without_nulls(entry, items, root) for entry in listed]
+    if not isinstance(value, dict):
+        return value
+    properties, needed = as_object(chosen.get("properties")), chosen.get("required")
+    return {
+        name: without_nulls(entry, as_object(properties.get(name)), root)
+        for name, entry in cast(JsonObject, value).items()
+        if entry is not None or name in as_list(needed) or name not in properties
+    }
+
+
+def flat_tool(entry: object) -> JsonObject | None:
+    """Return a tool in the flat shape of /responses, always with `parameters`."""
+    tool = as_object(entry)
+    function = as_object(tool.get("function")) or tool
+    if tool.get("type") != "function":
+        return tool if as_text(tool.get("type")) else None
+    if not as_text(function.get("name")):
+        return None
+    flat: JsonObject = {
+        "type": "function",
+        "name": function["name"],
+        "parameters": as_object(function.get("parameters"))
+        or {"type": "object", "properties": {}},
+    }
+    if as_text(function.get("description")):
+        flat["description"] = function["description"]
+    if isinstance(function.get("strict"), bool):
+        flat["strict"] = function["strict"]
+    return flat
+
+
+def _identity(tool: JsonObject) -> tuple[str, str]:
+    """Return what makes two tools the same one, and their order."""
+    kind = as_text(tool.get("type"))
+    if kind == "function":
+        return "", as_text(tool["name"])
+    if kind == "mcp":
+        return kind, as_text(tool.get("server_label"))
+    return kind, json.dumps(tool, sort_keys=True)
+
+
+def _strict_tool(tool: JsonObject) -> JsonObject:
+    if tool.get("type") != "function" or "strict" in tool:
+        return tool
+    parameters = strict_schema(tool["parameters"])
+    return {**tool, "parameters": parameters, "strict": True} if parameters else tool
+
+
+def offered_tools(entries: Iterable[object], *, strict: bool) -> list[JsonObject]:
+    """Return tools as they are sent: flat, each once, in an order that stays.
+
+    Prompt caches rest on that order. Of two with one name the first counts.
+    """
+    tools: dict[tuple[str, str], JsonObject] = {}
+    for entry in entries:
+        if tool := flat_tool(entry):
+            tools.setdefault(_identity(tool), tool)
+    ordered = [tools[identity] for identity in sorted(tools)]
+    return [_strict_tool(tool) for tool in ordered] if strict else ordered
+
+
+def mcp_tools(servers: Secret) -> list[JsonObject]:
+    """Return the MCP servers that OpenRouter calls for the model."""
+    try:
+        listed = as_list(parse_json(servers.reveal()))
+    except ValueError:
+        LOG.warning("REMOTE_MCP_SERVERS_JSON cannot be read: enter it again")
+        return []
+    return [
+        {"type": "mcp", "require_approval": "never", **as_object(s)} for s in listed
+    ]
+
+
+_OPEN_WEBUI_SEARCH = frozenset({"search_web", "fetch_url"})
+
+
+def without_search(tools: Iterable[object]) -> list[object]:
+    """Return tools without those of Open WebUI's own web search."""
+    flat = ((tool, as_object(flat_tool(tool))) for tool in tools)
+    return [t for t, known in flat if known.get("name") not in _OPEN_WEBUI_SEARCH]
+
+
+def search_tool(
+    valves: SearchValves, card: ModelCard, effort: str, *, is_asked: bool
+) -> JsonObject | None:
+    """Return OpenRouter's web search, if this chat and this model get it."""
+    wanted = valves.ENABLE_WEB_SEARCH_TOOL
+    if wanted == "off" or (wanted == "when_asked" and not is_asked):
+        return None
+    if effort == "minimal" and card.id.startswith("openai/"):
+        return None  # refused upstream (openrouter.md 7)
+    engine, most = valves.WEB_SEARCH_ENGINE, valves.WEB_SEARCH_MAX_RESULTS
+    parameters: JsonObject = {
+        "max_results": min(most, 20) if engine == "perplexity" else most
+    }
+    if engine != "auto":
+        parameters["engine"] = engine
+    return {"type": "openrouter:web_search", "parameters": parameters}
+
+
+# Open WebUI has to pause, ask or dispatch for these itself (open-webui.md 6).
+_HOST_ONLY = frozenset({"ask_user", "delegate_task", "call_tool"})
+
+# The kinds of `__tools__` entries that a plain call runs rightly.
+_RUNNABLE_TYPES = frozenset({"", "action", "builtin", "external", "mcp"})
+
+
+def is_runnable(name: str, entry: JsonObject) -> bool:
+    """Say whether calling an entry of `__tools__` is all that it takes."""
+    return (
+        name not in _HOST_ONLY
+        and callable(entry.get("callable"))
+        and not entry.get("direct")
+        and as_text(entry.get("type")) in _RUNNABLE_TYPES
+        and not as_text(entry.get("tool_id")).startswith("terminal:")
+    )
+
+
+def schema_of(entry: JsonObject | None) -> JsonObject:
+    """Return the parameters that an entry of `__tools__` describes."""
+    return as_object(as_object(as_object(entry).get("spec")).get("parameters"))
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """The tools of one request, and who may run them. Nothing writes to it.
+
+    `asks` is set in chats where the user approves each call, `can_leave` where the
+    caller runs what is left to it, `is_client` where the caller brought the tools.
+    """
+
+    entries: Mapping[str, JsonObject] = field(default_factory=dict[str, JsonObject])
+    runs: bool = False
+    asks: bool = True
+    can_leave: bool = True
+    is_client: bool = False
+    strict: bool = False
+
+    def judge(self, name: str) -> tuple[Verdict, str]:
+        """Say who runs a tool, and what the model reads where nobody does."""
+        entry = self.entries.get(name)
+        if not self.runs or (self.can_leave and self._is_others(name, entry)):
+            return "leave", ""
+        if entry is None:
+            return "answer", f'Error: Tool "{name}" not found.'
+        if self.asks or not is_runnable(name, entry):
+            lacks = "a person's approval" if self.asks else "the browser"
+            return "answer", f"Error: {name} needs {lacks}, which this request has not."
+        return "run", ""
+
+    def _is_others(self, name: str, entry: JsonObject | None) -> bool:
+        if entry is None:
+            return self.asks or self.is_client
+        return self.asks or not is_runnable(name, entry)
+
+    def schema(self, name: str) -> JsonObject:
+        """Return the schema by which nulls are told from values, in strict mode."""
+        return schema_of(self.entries.get(name)) if self.strict else {}
+
+
+class Arguments(NamedTuple):
+    """The arguments of one call, or why there are none."""
+
+    values: JsonObject
+    problem: str = ""
+
+
+def _json_values(text: str) -> list[object] | None:
+    """Return the JSON values that stand back to back in a text."""
+    decoder, values, place = json.JSONDecoder(), list[object](), 0
+    try:
+        while place < len(text):
+            value, place = decoder.raw_decode(text, place)
+            values.append(value)
+            while place < len(text) and text[place].isspace():
+                place += 1
+    except (ValueError, RecursionError):
+        return None
+    return values
+
+
+_LITERAL_LIMIT = 100_000
+
+
+def _python_value(text: str) -> Any:
+    """Return what some models write instead of JSON: `{'a': True}`."""
+    if len(text) > _LITERAL_LIMIT:
+        return None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _as_arguments(value: object, name: str) -> Arguments:
+    if isinstance(value, str):  # JSON inside a JSON string
+        value = parse_json(value)
+    if isinstance(value, dict):
+        return Arguments(cast(JsonObject, value))
+    return Arguments(
+        {}, f"Error: the arguments of `{name}` must be a JSON object. Please try again."
+    )
+
+
+def parse_arguments(text: str, name: str) -> list[Arguments]:
+    """Return the arguments of a call; several objects in a row are several calls."""
+    text = text.strip()
+    if not text:
+        return [Arguments({})]
+    values = _json_values(text)
+    if values is None:
+        literal = _python_value(text)
+        if not isinstance(literal, dict):
+            problem = (
+                f"Error: the arguments of `{name}` are malformed or incomplete JSON. "
+                "Please try again."
+            )
+            return [Arguments({}, problem)]
+        values = [as_object(cast(object, literal))]
+    if len(values) > 1 and not all(isinstance(value, dict) for value in values):
+        values = [None]
+    return [_as_arguments(value, name) for value in values]
+
+
+def _planned_call(box: Toolbox, name: str, written: Arguments) -> Call:
+    verdict, problem = box.judge(name)
+    schema = box.schema(name)
+    values = without_nulls(written.values, schema, schema)
+    wrong = problem or written.problem
+    is_mended = values != written.values
+    verdict = "answer" if wrong else verdict
+    return Call(None, new_id("call"), name, values, wrong, verdict, is_mended)
+
+
+def planned_calls(
+    box: Toolbox, slot: int, call_id: str, name: str, text: str
+) -> list[Call]:
+    """Return what one function call item asks for, and who does it."""
+    parsed = parse_arguments(text, name)
+    first, *more = (_planned_call(box, name, written) for written in parsed)
+    is_left = box.judge(name)[0] == "leave"
+    if is_left and (more or first.problem):  # whoever runs it reads it as it is
+        return [Call(slot, call_id, name, {})]
+    return [replace(first, slot=slot, call_id=call_id), *more]
+
+
+def call_item(call: Call, status: str, item_id: str) -> JsonObject:
+    """Return a call as the chat shall hold it."""
+    return {
+        "id": item_id,
+        "type": "function_call",
+        "status": status,
+        "call_id": call.call_id,
+        "name": call.name,
+        "arguments": json.dumps(call.arguments, ensure_ascii=False),
+    }
+
+
+def interrupted(call: Call) -> Result:
+    """Return the result of a call that the end of the answer overtook."""
+    text = "Error: the answer broke off before this tool was done."
+    return Result(call, "incomplete", text, text)
+
+
+def cut_text(text: str, limit: int) -> str:
+    """Return a tool's result within a limit; a cut one says so."""
+    if len(text) <= limit:
+        return text
+    return (
+        f"{text[:limit]}\n\n[Cut: these are the first {limit} of {len(text)} "
+        "characters. Ask for less, or for a part.]"
+    )
+
+
+_CUT_SLACK = 500  # what was cut once is not cut again
+
+
+def bounded_results(items: Iterable[JsonObject], limit: int) -> list[JsonObject]:
+    """Return input items, tool results among them cut to a limit."""
+    return [
+        (
+            {**item, "output": cut_text(item["output"], limit)}
+            if len(as_text(item.get("output"))) > limit + _CUT_SLACK
+            else item
+        )
+        for item in items
+    ]
+
+
+# Words of a name that say that a call changes something.
+_WRITING = re.compile(
+    r"\b(?:"
+    "add|append|apply|archive|assign|book|buy|cancel|clear|close|commit|copy|create|"
+    "delete|deploy|disable|edit|enable|insert|install|invite|kill|make|mark|merge|"
+    "modify|move|order|overwrite|patch|pay|post|publish|purge|push|put|record|"
+    "register|remove|rename|replace|reply|reserve|reset|restart|revoke|save|"
+    "schedule|send|set|share|start|stop|store|submit|toggle|transfer|trigger|unset|"
+    "update|upload|upsert|write"
+    r")\b"
+)
+
+
+def has_side_effects(name: str) -> bool:
+    """Say whether calls of a tool must keep their order, judged by its name."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    return _WRITING.search(" ".join(words).lower()) is not None
+
+
+_LAG_SECONDS = 0.5
+
+
+@coroutine
+def watched(work: Awaitable[Any], name: str) -> Generator[Any, Any, Any]:
+    """Await a tool's work, and name the tool in the log when it holds up the server."""
+    steps = work.__await__()
+    resume: Callable[[], Any] = partial(next, steps)
+    while True:
+        begun = time.perf_counter()
+        try:
+            waits_for = resume()
+        except StopIteration as done:
+            return done.value
+        finally:
+            lag = time.perf_counter() - begun
+            if lag >= _LAG_SECONDS:
+                LOG.warning(
+                    "The tool %s held up the whole server for %.1f s: it works "
+                    "without awaiting. It should use asyncio.to_thread.",
+                    name,
+                    lag,
+                )
+        try:
+            resume = partial(steps.send, (yield waits_for))
+        except BaseException as error:  # whatever ends the wait is the tool's to see
+            resume = partial(steps.throw, error)
+
+
+class _Overdue(Exception):
+    """A tool took longer than it may."""
+
+
+_GRACE_SECONDS = 1.0
+
+_MOST_PIECES = 10_000
+
+
+async def in_time(work: Coroutine[Any, Any, Any], seconds: float) -> Any:
+    """Return what work returns, or raise _Overdue; work that ignores it is left."""
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if task.done():
+            return task.result()
+        raise _Overdue
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_GRACE_SECONDS)
+
+
+def _readable(value: Any) -> Any:
+    if not isinstance(value, (bytes, bytearray)):
+        return value
+    try:
+        return bytes(value).decode()
+    except UnicodeDecodeError:
+        return f"({len(value)} bytes that are no text)"
+
+
+async def _pieces(value: Any) -> list[Any] | None:
+    """Return what a generator yields, or None for what is none."""
+    if isinstance(value, AsyncIterator):
+        pieces: list[Any] = []
+        async for piece in cast("AsyncIterator[Any]", value):
+            pieces.append(_readable(piece))
+            if len(pieces) >= _MOST_PIECES:
+                break
+        return pieces
+    if isinstance(value, Generator):
+        some = islice(cast("Generator[Any]", value), _MOST_PIECES)
+        return list(map(_readable, await asyncio.to_thread(list, some)))
+    return None
+
+
+async def _collected(value: Any) -> Any:
+    """Return a result as plain data: generators run, bytes read, awaitables awaited."""
+    if inspect.isawaitable(value):
+        value = await value
+    pieces = await _pieces(value)
+    if pieces is None:
+        return _readable(value)
+    is_text = all(isinstance(piece, str) for piece in pieces)
+    return "".join(pieces) if is_text else pieces
+
+
+@dataclass(frozen=True, slots=True)
+class ToolScene:
+    """What running the tools of one request needs to know of it."""
+
+    valves: ToolValves
+    entries: Mapping[str, JsonObject]
+    user_id: str
+    request: Any = field(repr=False)
+    metadata: JsonObject = field(repr=False)
+    messages: list[Any] = field(repr=False)
+    emitter: Callable[[JsonObject], Awaitable[None]] | None = field(repr=False)
+    reads_images: bool = True
+
+
+class _Finisher:
+    """Turn a tool's value into a result, by Open WebUI's own functions."""
+
+    def __init__(self, scene: ToolScene) -> None:
+        self._scene = scene
+        self._source_ids: dict[str, int] = {}
+        self._user: Any = None
+        self._lock = asyncio.Lock()
+
+    async def finish(self, call: Call, value: Any) -> Result:
+        """Return the result that Open WebUI would show, and what the model reads."""
+        from open_webui.utils import middleware
+
+        host: Any = middleware
+        scene, entry = self._scene, self._scene.entries[call.name]
+        async with self._lock:
+            self._user = self._user or await self._found_user()
+        terminal_file = host.build_terminal_file_tool_result(
+            call.name, call.arguments, value, entry, scene.metadata
+        )
+        text, files, embeds = await host.process_tool_result(
+            scene.request,
+            call.name,
+            terminal_file or value,
+            as_text(entry.get("type")),
+            False,
+            scene.metadata,
+            self._user,
+        )
+        await host.terminal_event_handler(
+            call.name, call.arguments, text, scene.emitter
+        )
+        cited = await self._cite(host, call, text)
+        whole = host.tool_result_content(text) or "(The tool returned nothing.)"
+        is_error = host._is_tool_result_error(whole)
+        shown = cut_text(whole, scene.valves.TOOL_RESULT_MAX_CHARS)
+        kept = [*await self._file_of(call, whole, shown), *files]
+        images = await self._images(host, kept)
+        return Result(
+            call,
+            "failed" if is_error else "completed",
+            shown,
+            self._sent(shown + cited, [data for _, data in images]),
+            tuple(f for f in kept if not as_text(f.get("url")).startswith("data:")),
+            tuple(embeds),
+            tuple(url for url, _ in images),
+        )
+
+    async def _found_user(self) -> Any:
+        from open_webui.models.users import Users
+
+        return await Users.get_user_by_id(self._scene.user_id)
+
+    async def _cite(self, host: Any, call: Call, text: str) -> str:
+        """Show the sources of a result; return how the model can cite them."""
+        scene = self._scene
+        info = as_object(as_object(scene.metadata.get("model")).get("info"))
+        abilities = as_object(as_object(info.get("meta")).get("capabilities"))
+        emit = scene.emitter
+        if emit is None or abilities.get("citations", True) is False or not text:
+            return ""
+        if call.name not in host.CITATION_TOOL_NAMES:
+            return ""
+        sources = host.get_citation_source_from_tool_result(
+            tool_name=call.name,
+            tool_params=call.arguments,
+            tool_result=text,
+            tool_id=as_text(scene.entries[call.name].get("tool_id")),
+        )
+        if not self._source_ids:  # what the chat's files count already
+            host.get_source_context(
+                as_list(scene.metadata.get("sources")), self._source_ids
+            )
+        marks = host.get_source_context(
+            sources, self._source_ids, include_content=False
+        )
+        for source in sources:
+            await emit({"type": "source", "data": source})
+        said = "Cite what you use of this by its id in brackets, such as [1]:"
+        return f"\n\n{said}\n{marks}" if marks else ""
+
+    async def _file_of(self, call: Call, whole: str, shown: str) -> list[JsonObject]:
+        """Return the whole of a cut result as a file of the user."""
+        if whole is shown or self._scene.emitter is None or self._user is None:
+            return []
+        from fastapi import UploadFile
+        from open_webui.routers.files import upload_file_handler
+        from starlette.datastructures import Headers
+
+        name = f"{call.name}.txt"
+        upload = UploadFile(
+            io.BytesIO(whole.encode("utf-8", "replace")),
+            filename=name,
+            headers=Headers({"content-type": "text/plain; charset=utf-8"}),
+        )
+        saved = await upload_file_handler(
+            self._scene.request,
+            file=upload,
+            metadata={},
+            process=False,
+            user=self._user,
+        )
+        id_ = as_text(getattr(saved, "id", ""))
+        url = f"/api/v1/files/{id_}/content"
+        return [{"type": "file", "id": id_, "url": url, "name": name}] if id_ else []
+
+    async def _images(
+        self, host: Any, files: list[JsonObject]
+    ) -> list[tuple[str, str]]:
+        """Return each image as the chat refers to it, and as the model reads it."""
+        scene = self._scene
+        images: list[tuple[str, str]] = []
+        for url in (as_text(f.get("url")) for f in files if f.get("type") == "image"):
+            data = url
+            if url.startswith("data:"):
+                url = await host.store_tool_result_image(
+                    scene.request, url, scene.metadata, self._user
+                )
+            elif url:
+                part: JsonObject = {"type": "image_url", "image_url": {"url": url}}
+                message: JsonObject = {"role": "user", "content": [part]}
+                await host.convert_url_images_to_base64(
+                    {"messages": [message]}, user=self._user
+                )
+                (part,) = message["content"]
+                data = as_text(as_object(part["image_url"]).get("url"))
+            if url:
+                images.append((url, data))
+        return images
+
+    def _sent(self, text: str, images: list[str]) -> str | list[JsonObject]:
+        usable = [data for data in images if data.startswith(("data:", "https://"))]
+        if not usable:
+            return text
+        if not self._scene.reads_images:
+            return f"{text}\n\n[An image is shown to the user. You cannot see it.]"
+        pictures = [
+            {"type": "input_image", "image_url": data, "detail": "auto"}
+            for data in usable
+        ]
+        return [{"type": "input_text", "text": text}, *pictures]
+
+
+class ToolGuards:
+    """What the tools of all requests share: places, and rest for what fails."""
+
+    def __init__(self) -> None:
+        self.places = Limiter()
+        self.breakers = Breakers()
+
+
+_LINE = 50  # calls of one request that wait for a place
+
+_GLOBAL_LINE = 10_000  # the requests' own limits keep it far below
+
+
+def _is_server_error(value: Any) -> bool:
+    """Say whether a tool server could not answer: Open WebUI returns that as data."""
+    first = cast("tuple[object, ...]", value)[:1] if isinstance(value, tuple) else ()
+    return [list(as_object(part)) for part in first] == [["error"]]
+
+
+class ToolRunner:
+    """Run the calls of one turn: `async with`, and no task is left behind it."""
+
+    def __init__(self, scene: ToolScene, guards: ToolGuards) -> None:
+        self._scene = scene
+        self._guards = guards
+        self._finisher = _Finisher(scene)
+        self._places = Limiter()
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tasks: dict[asyncio.Task[Result], Call] = {}
+        self._deadline: float | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._cancel()
+
+    async def start(self, call: Call) -> None:
+        """Start a call; when the line is full, wait until one of it is done."""
+        most = self._scene.valves.MAX_PARALLEL_TOOLS_PER_REQUEST + _LINE
+        while sum(not task.done() for task in self._tasks) >= most:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        task = asyncio.get_running_loop().create_task(self._in_turn(call))
+        self._tasks[task] = call
+
+    async def next_results(self) -> list[Result]:
+        """Return the results that are there next; none means that all are in.
+
+        What is not done when the round's time is over is ended and says so.
+        """
+        if not self._tasks:
+            self._deadline = None
+            return []
+        loop = asyncio.get_running_loop()
+        seconds = self._scene.valves.TOOL_BATCH_TIMEOUT_SECONDS
+        self._deadline = self._deadline or loop.time() + seconds
+        await asyncio.wait(
+            self._tasks,
+            timeout=max(0.0, self._deadline - loop.time()),
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        done = [task for task in self._tasks if task.done()]
+        if done:
+            return [self._taken(task) for task in done]
+        late = list(self._tasks.values())
+        await self._cancel()
+        text = f"Error: the tools of this round took longer than {seconds:g} seconds."
+        return [refused(call, text) for call in late]
+
+    async def interrupt(self) -> list[Result]:
+        """End every call that runs; return what became of all of them."""
+        done = [self._taken(task) for task in list(self._tasks) if task.done()]
+        late = list(self._tasks.values())
+        await self._cancel()
+        return [*done, *map(interrupted, late)]
+
+    def _taken(self, task: asyncio.Task[Result]) -> Result:
+        call = self._tasks.pop(task)
+        return interrupted(call) if task.cancelled() else task.result()
+
+    async def _cancel(self) -> None:
+        tasks, self._tasks, self._deadline = self._tasks, {}, None
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=2 * _GRACE_SECONDS)
+
+    async def _in_turn(self, call: Call) -> Result:
+        """Run a call when it is its turn: in order where order matters."""
+        valves = self._scene.valves
+        order = self._locks[call.name] if has_side_effects(call.name) else nullcontext()
+        try:
+            async with (
+                order,
+                self._places.place(valves.MAX_PARALLEL_TOOLS_PER_REQUEST, _LINE + 1),
+                self._guards.places.place(
+                    valves.MAX_PARALLEL_TOOLS_GLOBAL, _GLOBAL_LINE
+                ),
+            ):
+                return await self._guarded(call)
+        except Overloaded:
+            return refused(call, "Error: too many tools run at once. Try again later.")
+
+    async def _guarded(self, call: Call) -> Result:
+        valves = self._scene.valves
+        window, now = valves.BREAKER_WINDOW_SECONDS, time.monotonic()
+        breaker = self._guards.breakers.get(self._scene.user_id, call.name)
+        if not breaker.admits(now, window):
+            wait = seconds_in_words(breaker.rest_seconds(now, window) or 1)
+            return refused(
+                call,
+                f"Error: {call.name} failed several times and is off for now. Go on "
+                f"without it; it can be tried again in {wait}.",
+                f"{call.name} failed several times and rests for {wait}.",
+            )
+        try:
+            result, has_failed = await self._outcome(call)
+        except BaseException:  # cancelled by the user, so it says nothing of the tool
+            breaker.released()
+            raise
+        if not has_failed:
+            breaker.succeeded()
+        elif breaker.failed(time.monotonic(), window, valves.BREAKER_MAX_FAILURES):
+            rest = seconds_in_words(window)
+            note = f"{call.name} failed again and rests for {rest}: {result.text}"
+            result = result._replace(note=presentable(note))
+        return result
+
+    async def _outcome(self, call: Call) -> tuple[Result, bool]:
+        """Return what became of a call, and whether its tool is to blame."""
+        seconds = self._scene.valves.TOOL_TIMEOUT_SECONDS
+        try:
+            value = await in_time(self._watched(call), seconds)
+            return await self._finisher.finish(call, value), _is_server_error(value)
+        except _Overdue:
+            text = f"Error: {call.name} did not answer within {seconds:g} seconds."
+            return refused(call, text), True
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return refused(call, f"Error: {call.name} was cancelled."), False
+        except Exception as error:  # a tool may raise anything; the model reads it
+            LOG.info("The tool %s raised %s", call.name, type(error).__name__)
+            words = cut_text(str(error) or type(error).__name__, 10_000)
+            return refused(call, json.dumps({"error": words}, indent=2)), True
+
+    async def _watched(self, call: Call) -> Any:
+        return await watched(self._made(call), call.name)
+
+    async def _made(self, call: Call) -> Any:
+        """Call the tool as Open WebUI does: its own arguments, fresh context."""
+        from open_webui.utils.tools import get_updated_tool_function
+
+        scene, entry = self._scene, self._scene.entries[call.name]
+        known = as_object(schema_of(entry).get("properties"))
+        arguments = call.arguments
+        if entry.get("type") != "mcp":  # MCP servers validate for themselves
+            arguments = {k: v for k, v in arguments.items() if k in known}
+        fresh = {
+            "__messages__": scene.messages,
+            "__files__": as_list(scene.metadata.get("files")),
+        }
+        function = await get_updated_tool_function(entry["callable"], fresh)
+        try:
+            return await _collected(function(**arguments))
+        except SystemExit as error:
+            raise RuntimeError("the tool wanted to end the server") from error
+
+
+# endregion
+
+
 # region 14 Request ────────────────────────────────────────────────────────────────────
 # One valid body for POST /responses: flat fields, no key that only Chat Completions has.
-# Uses: 01 02 08 12. Pure.
+# Uses: 01 02 08 12 13. Pure.
 
 _SAMPLING = (
     "temperature",
@@ -1817,6 +3233,7 @@ _AS_THEY_ARE = (
 # What `_translated` reads under a name of Chat Completions.
 _TRANSLATED = frozenset(
     {
+        "extra_tools",
         "max_completion_tokens",
         "max_output_tokens",
         "max_tokens",
@@ -1893,7 +3310,7 @@ def fitting_effort(wanted: str, card: ModelCard) -> str:
     )
 
 
-def _reasoning(body: JsonObject, card: ModelCard) -> JsonObject:
+def reasoning_options(body: JsonObject, card: ModelCard) -> JsonObject:
     """Return `reasoning` from itself and `reasoning_effort`; summaries are asked for."""
     if card.reasons is False:
         return {}
@@ -1904,27 +3321,6 @@ def _reasoning(body: JsonObject, card: ModelCard) -> JsonObject:
     if effort.lower() in _EFFORTS:
         reasoning["effort"] = fitting_effort(effort.lower(), card)
     return {"reasoning": reasoning} if reasoning else {}
-
-
-def flat_tool(entry: object) -> JsonObject | None:
-    """Return a tool in the flat shape of /responses, always with `parameters`."""
-    tool = as_object(entry)
-    function = as_object(tool.get("function")) or tool
-    if tool.get("type") != "function":
-        return tool if as_text(tool.get("type")) else None
-    if not as_text(function.get("name")):
-        return None
-    flat: JsonObject = {
-        "type": "function",
-        "name": function["name"],
-        "parameters": as_object(function.get("parameters"))
-        or {"type": "object", "properties": {}},
-    }
-    if as_text(function.get("description")):
-        flat["description"] = function["description"]
-    if isinstance(function.get("strict"), bool):
-        flat["strict"] = function["strict"]
-    return flat
 
 
 def _tools(body: JsonObject, card: ModelCard) -> JsonObject:
@@ -1970,9 +3366,37 @@ def build_request(
     request |= {key: body[key] for key in _AS_THEY_ARE if body.get(key) is not None}
     request |= _output_limit(body)
     request |= _text_options(body)
-    request |= _reasoning(body, card)
+    request |= reasoning_options(body, card)
     request |= _tools(body, card)
     return request
+
+
+def _replayed(item: JsonObject) -> JsonObject:
+    """Return an item of this turn as it goes back: verbatim, but for what must be."""
+    if item.get("type") != "reasoning":
+        return item
+    kept = {key: value for key, value in item.items() if value is not None}
+    return {"id": new_id("rs"), "summary": [], **kept}
+
+
+def with_results(
+    request: JsonObject,
+    items: Iterable[JsonObject],
+    results: Iterable[JsonObject],
+    *,
+    is_last: bool = False,
+) -> JsonObject:
+    """Return the request of the next round: what the model said, and what came of it.
+
+    The last one asks for an answer but keeps the tools: prompt caches rest on them.
+    """
+    said = [_replayed(item) for item in items]
+    following = {**request, "input": paired([*request["input"], *said, *results])}
+    if is_last:
+        following["tool_choice"] = "none"
+    elif following.get("tool_choice") not in (None, "auto", "none"):
+        del following["tool_choice"]  # forced once, not for ever
+    return following
 
 
 def _task_reasoning(effort: str, card: ModelCard) -> JsonObject:
@@ -2015,7 +3439,9 @@ def unsent(body: JsonObject, request: JsonObject) -> list[str]:
 # One response's events become outputs: what to show and what to do.
 # Uses: 01 03 04. Pure.
 
-Kind = Literal["message", "reasoning", "function_call", "hosted"]
+# A "card" is a hosted tool that Open WebUI has no own card for; an "output" is the
+# result of a call or a card.
+Kind = Literal["message", "reasoning", "function_call", "hosted", "card", "output"]
 
 
 class Opened(NamedTuple):
@@ -2052,6 +3478,15 @@ class Keep(NamedTuple):
     item: JsonObject
 
 
+class CallTool(NamedTuple):
+    """A call whose arguments are complete."""
+
+    slot: int
+    call_id: str
+    name: str
+    arguments: str
+
+
 class Sourced(NamedTuple):
     """A citation, once per address."""
 
@@ -2086,16 +3521,57 @@ class Failed(NamedTuple):
     usage: JsonObject | None = None
 
 
-Output = Opened | Delta | Closed | Keep | Sourced | Pictured | Noted | Finished | Failed
+Output = (
+    Opened
+    | Delta
+    | Closed
+    | Keep
+    | CallTool
+    | Sourced
+    | Pictured
+    | Noted
+    | Finished
+    | Failed
+)
 
 # Hosted tools that Open WebUI draws as cards (open-webui.md 5.4 c).
 _DRAWN = frozenset({"web_search_call", "file_search_call", "computer_call"})
+
+# Hosted tools that are drawn as the card of a function call and its result.
+_CARDS = frozenset(
+    {
+        "code_interpreter_call",
+        "mcp_approval_request",
+        "mcp_call",
+        "mcp_list_tools",
+        "openrouter:advisor",
+        "openrouter:bash",
+        "openrouter:browser_use",
+        "openrouter:code_interpreter",
+        "openrouter:datetime",
+        "openrouter:experimental__search_models",
+        "openrouter:file_search",
+        "openrouter:files",
+        "openrouter:fusion",
+        "openrouter:mcp",
+        "openrouter:memory",
+        "openrouter:shell",
+        "openrouter:subagent",
+        "openrouter:text_editor",
+        "openrouter:tool_search",
+        "openrouter:web_fetch",
+    }
+)
+
+_SEARCH = "openrouter:web_search"  # drawn as the web search that Open WebUI knows
 
 _KIND: dict[str, Kind] = {
     "message": "message",
     "reasoning": "reasoning",
     "function_call": "function_call",
+    _SEARCH: "hosted",
     **dict.fromkeys(_DRAWN, "hosted"),
+    **dict.fromkeys(_CARDS, "card"),
 }
 
 # What the chat must not carry: opaque, heavy, or only the provider's.
@@ -2119,6 +3595,9 @@ class _Open:
     call_id: str = ""
     name: str = ""
     shown: str | None = None  # the text it was closed with, if it was
+    is_called: bool = False
+    is_kept: bool = False
+    is_cut: bool = False  # the answer ended before the item did
 
     @property
     def text(self) -> str:
@@ -2137,6 +3616,8 @@ _ID_PREFIX: dict[Kind, str] = {
     "reasoning": "rs",
     "function_call": "fc",
     "hosted": "ws",
+    "card": "fc",
+    "output": "fco",
 }
 
 _PICTURES = frozenset({"image_generation_call", "openrouter:image_generation"})
@@ -2155,6 +3636,99 @@ def _whole(item: Item) -> str:
     return item.arguments if item.type == "function_call" else item.text
 
 
+# Where the outcome of a hosted tool stands; the rest of its item is what was asked.
+_OUTCOMES = frozenset(
+    {
+        "advice",
+        "analysis",
+        "content",
+        "datetime",
+        "error",
+        "exitCode",
+        "failed_models",
+        "failure_reason",
+        "httpStatus",
+        "outcome",
+        "output",
+        "outputs",
+        "responses",
+        "result",
+        "results",
+        "sources",
+        "stderr",
+        "stdout",
+        "title",
+        "tools",
+    }
+)
+
+_CARD_TEXT_LIMIT = 20_000
+
+
+def card_name(raw: JsonObject) -> str:
+    """Return a hosted tool's name; the colon tells it from every function's."""
+    type_ = as_text(raw.get("type"))
+    if type_.startswith("mcp_"):
+        parts = (raw.get("server_label"), raw.get("name") or type_)
+        return ":".join(("mcp", *filter(None, map(as_text, parts))))
+    return type_ if ":" in type_ else f"openrouter:{type_.removesuffix('_call')}"
+
+
+def _card_call(state: _Open, status: str) -> JsonObject:
+    raw = state.raw
+    given = raw.get("arguments")
+    asked = parse_json(given) if isinstance(given, str) else given
+    if not isinstance(asked, dict):
+        hidden = _OUTCOMES | _OPAQUE | {"id", "type", "status", "call_id", "name"}
+        asked = {k: v for k, v in raw.items() if k not in hidden and v is not None}
+    return {
+        "id": state.id,
+        "type": "function_call",
+        "status": status,
+        "call_id": state.call_id,
+        "name": card_name(raw),
+        "arguments": json.dumps(asked, ensure_ascii=False),
+    }
+
+
+def _hosted_status(state: _Open, status: str) -> str:
+    """Return how a hosted tool ended: as it says itself, if it says that it failed."""
+    said = as_text(state.raw.get("status"))
+    if said in ("failed", "incomplete"):
+        return said
+    if state.raw.get("error"):
+        return "failed"
+    return "incomplete" if state.is_cut and status == "completed" else status
+
+
+def _card_output(state: _Open) -> JsonObject:
+    """Return the outcome of a hosted tool as the result of a call."""
+    raw = state.raw
+    outcome = {k: raw[k] for k in sorted(_OUTCOMES & raw.keys()) if raw[k] is not None}
+    only = next(iter(outcome.values())) if len(outcome) == 1 else None
+    text = (
+        only
+        if isinstance(only, str)
+        else json.dumps(outcome, indent=2, ensure_ascii=False)
+    )
+    return {
+        "type": "function_call_output",
+        "id": f"{state.id}_out",
+        "call_id": state.call_id,
+        "output": [{"type": "input_text", "text": text[:_CARD_TEXT_LIMIT]}],
+        "status": _hosted_status(state, "completed"),
+    }
+
+
+def _hosted_item(state: _Open, status: str) -> JsonObject:
+    kept = {k: v for k, v in state.raw.items() if k not in _OPAQUE}
+    item = {**kept, "id": state.id, "status": _hosted_status(state, status)}
+    if item.get("type") == _SEARCH:
+        item["type"] = "web_search_call"
+        item.setdefault("action", {"type": "search", "query": ""})
+    return item
+
+
 def _shown(state: _Open, status: str) -> JsonObject:
     """Return an item as the chat shall hold it, in Open WebUI's shape."""
     item: JsonObject = {"id": state.id, "type": state.kind, "status": status}
@@ -2170,10 +3744,16 @@ def _shown(state: _Open, status: str) -> JsonObject:
     elif state.kind == "function_call":
         arguments = text if status != "completed" else text.strip() or "{}"
         item |= {"call_id": state.call_id, "name": state.name, "arguments": arguments}
+    elif state.kind == "card":
+        item = _card_call(state, _hosted_status(state, status))
     else:
-        kept = {k: v for k, v in state.raw.items() if k not in _OPAQUE}
-        item = {**kept, "id": state.id, "status": status}
+        item = _hosted_item(state, status)
     return item
+
+
+def whole_output(slot: int, item: JsonObject) -> list[Output]:
+    """Return what shows a result, which has no middle."""
+    return [Opened(slot, "output", item), Closed(slot, "output", item)]
 
 
 class Relay:
@@ -2185,12 +3765,12 @@ class Relay:
 
     def __init__(self, call_ids: Collection[str] = (), first_slot: int = 0) -> None:
         self.finished = False
-        self._first_slot = first_slot
+        self.next_slot = first_slot
         self._items: dict[int, _Open] = {}  # by upstream's output_index
         self._order: list[_Open] = []
         self._thinking: list[_Open] = []  # thoughts that nothing has followed yet
         self._hidden: set[int] = set()  # indexes of items that are not shown
-        self._call_ids = set(call_ids)
+        self.call_ids = set(call_ids)
         self._cited: set[str] = set()
         self._pictured = 0
         self._now = 0.0
@@ -2222,14 +3802,14 @@ class Relay:
             self._hidden.add(index)
             return []
         state = _Open(
-            self._first_slot + len(self._order),
+            self.take_slot(),
             kind,
             new_id(_ID_PREFIX[kind]),
             item.raw,
             self._now,
             self._now,
         )
-        if kind == "function_call":
+        if kind in ("function_call", "card"):
             state.call_id, state.name = self._own_call_id(item.call_id), item.name
         settled = self._settle_thoughts()
         self._order.append(state)
@@ -2238,15 +3818,20 @@ class Relay:
             self._thinking.append(state)
         return [*settled, Opened(state.slot, kind, _shown(state, "in_progress"))]
 
+    def take_slot(self) -> int:
+        """Return the next free slot of the turn."""
+        self.next_slot += 1
+        return self.next_slot - 1
+
     def _own_call_id(self, call_id: str) -> str:
         """Return a call id that no other call of the conversation has.
 
         Some providers repeat theirs, and Open WebUI would take the second call as
         answered already.
         """
-        if not call_id or call_id in self._call_ids:
+        if not call_id or call_id in self.call_ids:
             call_id = new_id("call")
-        self._call_ids.add(call_id)
+        self.call_ids.add(call_id)
         return call_id
 
     def _at(self, event: Event, kind: Kind) -> tuple[_Open | None, list[Output]]:
@@ -2296,17 +3881,37 @@ class Relay:
     def _settle_thoughts(self) -> list[Output]:
         """Close thoughts when something follows them: their own end may come late."""
         thoughts, self._thinking = self._thinking, []
-        return [self._close(state) for state in thoughts if not state.is_closed]
+        return [o for s in thoughts if not s.is_closed for o in self._close(s)]
 
-    def _close(self, state: _Open) -> Output:
-        if state.shown is None and not state.text:
+    def _close(self, state: _Open) -> list[Output]:
+        is_first = state.shown is None
+        if is_first and not state.text:
             state.touched = self._now  # thoughts that nobody may read take time too
         state.shown = state.text
-        return Closed(state.slot, state.kind, _shown(state, "completed"))
+        closed = Closed(state.slot, state.kind, _shown(state, "completed"))
+        if state.kind != "card" or not is_first:
+            return [closed]
+        return [closed, *whole_output(self.take_slot(), _card_output(state))]
 
-    def _close_all(self) -> list[Output]:
+    def _close_all(self, *, is_whole: bool = False) -> list[Output]:
+        """Close what is open; only a response that is whole makes its last calls."""
         self._thinking = []
-        return [self._close(state) for state in self._order if not state.is_closed]
+        outputs: list[Output] = []
+        for state in self._order:
+            state.is_cut = not state.is_closed and not is_whole
+            if not state.is_closed:
+                outputs += self._close(state)
+            if state.kind == "function_call" and is_whole:
+                outputs += [] if state.is_kept else [self._kept(state)]
+                outputs += self._called(state)
+        return outputs
+
+    def _called(self, state: _Open) -> list[Output]:
+        """Return the call of an item, once, when it is known what to call."""
+        if state.kind != "function_call" or state.is_called or not state.name:
+            return []
+        state.is_called = True
+        return [CallTool(state.slot, state.call_id, state.name, state.text)]
 
     def _cite(self, citations: Iterable[Citation]) -> list[Output]:
         new = [c for c in citations if c.url not in self._cited]
@@ -2357,7 +3962,10 @@ class Relay:
 
     def _arguments_done(self, event: Event) -> list[Output]:
         state, outputs = self._at(event, "function_call")
-        return [*outputs, *(self._complete(state, event.text) if state else [])]
+        if state is None:
+            return outputs
+        outputs += self._complete(state, event.text)
+        return [*outputs, *(self._called(state) if state.text.strip() else [])]
 
     def _annotation_added(self, event: Event) -> list[Output]:
         return self._cite([event.citation] if event.citation else [])
@@ -2383,14 +3991,21 @@ class Relay:
             *self._complete(state, _whole(item)),
             *self._cite(item.citations),
             self._kept(state),
-            self._close(state),
+            *self._close(state),
+            *self._called(state),
         ]
 
     def _kept(self, state: _Open) -> Keep:
         """Return the item verbatim, but for a call id that had to be made ours."""
+        state.is_kept = True
         if state.kind != "function_call":
             return Keep(state.slot, state.raw)
-        own = {"call_id": state.call_id, "arguments": state.text.strip() or "{}"}
+        own = {
+            "type": "function_call",
+            "call_id": state.call_id,
+            "name": state.name,
+            "arguments": state.text.strip() or "{}",
+        }
         return Keep(state.slot, {**state.raw, **own})
 
     def _completed(self, event: Event) -> list[Output]:
@@ -2409,7 +4024,7 @@ class Relay:
         self, snapshot: Snapshot | None, cut: Snapshot | None
     ) -> list[Output]:
         snapshot = snapshot or Snapshot("", "", (), None, None, "")
-        outputs = [*self._absorb(snapshot), *self._close_all()]
+        outputs = [*self._absorb(snapshot), *self._close_all(is_whole=cut is None)]
         self.finished = True
         calls = any(state.kind == "function_call" for state in self._order)
         reason: Literal["stop", "length", "content_filter", "tool_calls"] = "stop"
@@ -2577,7 +4192,12 @@ _DELTAS: dict[Kind, JsonObject] = {
     "reasoning": {"type": "response.reasoning_summary_text.delta", "summary_index": 0},
     "function_call": {"type": "response.function_call_arguments.delta"},
     "hosted": {},
+    "card": {},
+    "output": {},
 }
+
+# A result comes whole: one event is enough, and it may be long.
+_CLOSING: dict[Kind, str] = {**dict.fromkeys(_DELTAS, "done"), "output": "added"}
 
 
 def _item_event(what: str, slot: int, item: JsonObject) -> JsonObject:
@@ -2626,12 +4246,14 @@ class ResponsesFace:
         match output:
             case Delta(slot, _, text):
                 return [{**self._deltas[slot], "delta": text}]
+            case Opened(_, "output", _) | Keep() | CallTool():
+                return []
             case Opened(slot, kind, item):
                 place = {"item_id": item["id"], "output_index": slot}
                 self._deltas[slot] = {**_DELTAS[kind], **place}
                 return [_item_event("added", slot, item)]
-            case Closed(slot, _, item):
-                return [_item_event("done", slot, item)]
+            case Closed(slot, kind, item):
+                return [_item_event(_CLOSING[kind], slot, item)]
             case Sourced(citation):
                 return [{"event": {"type": "source", "data": source_data(citation)}}]
             case Pictured(url):
@@ -2645,8 +4267,6 @@ class ResponsesFace:
             case Failed(error, usage):
                 spent = [{"choices": [], "usage": usage}] if usage else []
                 return [*spent, _failure(error)]
-            case Keep():
-                return []
 
 
 def tool_call(item: JsonObject) -> JsonObject:
@@ -2752,6 +4372,13 @@ def _texts(closed: Iterable[Closed], kind: Kind) -> list[str]:
     return [text for text in texts if text]
 
 
+def _unanswered(closed: Sequence[Closed]) -> list[JsonObject]:
+    """Return the calls that the caller has to make."""
+    answered = {c.item["call_id"] for c in closed if c.kind == "output"}
+    calls = [c.item for c in closed if c.kind == "function_call"]
+    return [tool_call(item) for item in calls if item["call_id"] not in answered]
+
+
 class Completion:
     """Collect a turn for a caller who waits for all of it."""
 
@@ -2784,10 +4411,9 @@ class Completion:
     def result(self) -> JsonObject:
         """Return the turn as a `chat.completion` with its items beside it."""
         closed = [self._items[slot] for slot in sorted(self._items)]
-        calls = [tool_call(c.item) for c in closed if c.kind == "function_call"]
         beside = {
             "reasoning_content": "\n\n".join(_texts(closed, "reasoning")),
-            "tool_calls": calls,
+            "tool_calls": _unanswered(closed),
             "annotations": [annotation(citation) for citation in self._citations],
             "images": [_image(url) for url in self._images],
         }
@@ -2809,7 +4435,7 @@ class Completion:
 
 # region 17 Turn ───────────────────────────────────────────────────────────────────────
 # One request's facts, and the one way it goes: prepare, stream, finish.
-# Uses: 01 02 03 04 07 08 11 12 14 15 16.
+# Uses: 01 02 03 04 07 08 11 12 13 14 15 16.
 
 _ATTEMPTS = 3
 
@@ -2842,6 +4468,7 @@ class Turn:
     metadata: JsonObject = field(repr=False)
     request: Any = field(repr=False)
     emitter: Emitter | None = field(repr=False)
+    tools: JsonObject = field(repr=False, default_factory=dict[str, Any])
 
     @classmethod
     def from_webui(
@@ -2853,6 +4480,7 @@ class Turn:
         request: Any,
         emitter: Emitter | None,
         task: object,
+        tools: object = None,
     ) -> Turn:
         """Read the arguments of `pipe()` (open-webui.md 3)."""
         facts, meta = as_object(body), as_object(metadata)
@@ -2871,6 +4499,7 @@ class Turn:
             metadata=meta,
             request=request,
             emitter=emitter if is_chat and not task else None,
+            tools=as_object(tools),
         )
 
     def face(self) -> Face:
@@ -2965,36 +4594,402 @@ def _pause(state: RetryCallState) -> float:
     return max(wanted, 0.5 * 2 ** (state.attempt_number - 1))
 
 
+def rounds_so_far(messages: object) -> int:
+    """Return how many rounds of tool calls stand behind the last question."""
+    rounds = 0
+    for message in map(as_object, reversed(as_list(messages))):
+        if message.get("role") not in ("assistant", "tool"):
+            break
+        rounds += bool(message.get("tool_calls"))
+    return rounds
+
+
+def _summed(before: JsonObject, now: JsonObject) -> JsonObject:
+    total = {**before, **now}
+    for key in before.keys() & now.keys():
+        old, new = before[key], now[key]
+        numbers = as_number(old), as_number(new)
+        if isinstance(old, dict) and isinstance(new, dict):
+            total[key] = _summed(cast(JsonObject, old), cast(JsonObject, new))
+        elif numbers[0] is not None and numbers[1] is not None:
+            total[key] = numbers[0] + numbers[1]
+        elif new is None:
+            total[key] = old
+    return total
+
+
+def summed_usage(
+    before: JsonObject | None, now: JsonObject | None
+) -> JsonObject | None:
+    """Return the usage of two rounds together: numbers add up, the rest is the last's.
+
+    `prompt_tokens` stays that of the last round: Open WebUI reads the length of the
+    conversation from it (open-webui.md 4.6).
+    """
+    if before is None or now is None:
+        return now if before is None else before
+    total = _summed(before, now)
+    for name, alias in (
+        ("input_tokens", "prompt_tokens"),
+        ("output_tokens", "completion_tokens"),
+    ):
+        if name in now:
+            total[alias] = now[name]
+    return total
+
+
+def runs_tools(turn: Turn) -> bool:
+    """Say whether tools run here. Chunks in a chat cannot show results."""
+    shows_chunks = turn.settings.STREAM_FORMAT == "chunks" and turn.is_streamed
+    if turn.caller is Caller.CHAT and shows_chunks:
+        return False
+    return turn.settings.TOOL_EXECUTION == "pipe" and turn.caller is not Caller.TASK
+
+
+def toolbox(turn: Turn) -> Toolbox:
+    """Return the tools of a turn, and who may run them."""
+    params = as_object(turn.metadata.get("params"))
+    is_chat = turn.caller is Caller.CHAT
+    return Toolbox(
+        entries={name: as_object(entry) for name, entry in turn.tools.items()},
+        runs=runs_tools(turn),
+        asks=as_text(params.get("tool_approval_mode")) not in ("", "full"),
+        can_leave=turn.is_streamed or not is_chat,
+        is_client=not is_chat,
+        strict=is_chat and turn.settings.ENABLE_STRICT_TOOL_CALLING,
+    )
+
+
+def _listed_tools(turn: Turn, box: Toolbox) -> list[Any]:
+    """Return the body's tools; where it says nothing, those that stand beside it."""
+    meta = turn.metadata
+    is_legacy = as_object(meta.get("params")).get("function_calling") == "legacy"
+    if "tools" in turn.body or is_legacy:
+        return list(as_list(turn.body.get("tools")))
+    hidden = as_list(meta.get("deferred_tools"))
+    shown = (entry for name, entry in box.entries.items() if name not in hidden)
+    return [{"type": "function", "function": entry.get("spec")} for entry in shown]
+
+
+def _with_hosted(turn: Turn, card: ModelCard, tools: list[Any]) -> list[Any]:
+    """Return tools with those that OpenRouter runs itself."""
+    if turn.caller is Caller.CHAT:
+        tools = [*tools, *mcp_tools(turn.settings.REMOTE_MCP_SERVERS_JSON)]
+    features = as_object(turn.metadata.get("features"))
+    reasoning = as_object(reasoning_options(turn.body, card).get("reasoning"))
+    search = search_tool(
+        turn.settings,
+        card,
+        as_text(reasoning.get("effort")),
+        is_asked=features.get("web_search") is True,
+    )
+    return [*without_search(tools), search] if search else tools
+
+
+def offered_body(turn: Turn, card: ModelCard, box: Toolbox) -> JsonObject:
+    """Return the body with the tools that this chat offers to this model."""
+    tools = [*_listed_tools(turn, box), *as_list(turn.body.get("extra_tools"))]
+    if turn.caller is not Caller.TASK and not box.asks:  # nobody asks for hosted ones
+        tools = _with_hosted(turn, card, tools)
+    return {**turn.body, "tools": offered_tools(tools, strict=box.strict)}
+
+
+class Transcript:
+    """What a turn has said, called and learnt so far, over all of its rounds."""
+
+    def __init__(self, turn: Turn, box: Toolbox, messages: object = ()) -> None:
+        self.relay = Relay(call_ids(messages))
+        self.end: Finished | Failed = Failed(ConnectionLost())
+        self.usage: JsonObject | None = None
+        self.calls: list[Call] = []
+        self.has_asked_again = False
+        self._box = box
+        self._most = turn.settings.MAX_FUNCTION_CALL_LOOPS
+        self._rounds = rounds_so_far(messages) if turn.caller is Caller.CHAT else 0
+        self._hides_calls = turn.caller is Caller.API and turn.is_streamed
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        self.calls = []
+        self._kept: dict[int, JsonObject] = {}
+        self._unseen: list[JsonObject] = []
+        self._items: dict[int, JsonObject] = {}  # function calls, as the chat has them
+        self._mended: dict[int, JsonObject] = {}
+        self._split: set[int] = (
+            set()
+        )  # of the mended ones, those the model wrote as one
+        self._results: dict[str, Result] = {}
+
+    @property
+    def is_last(self) -> bool:
+        """Say whether this round may call no more tools."""
+        return self._rounds >= self._most
+
+    @property
+    def follows_tools(self) -> bool:
+        """Say whether the model is to answer upon results of tools."""
+        return self._rounds > 0
+
+    @property
+    def has_left_calls(self) -> bool:
+        """Say whether somebody else has to make calls before it goes on."""
+        return any(call.verdict == "leave" for call in self.calls)
+
+    def new_relay(self) -> Relay:
+        """Return a relay for another response of this turn."""
+        self.relay = Relay(self.relay.call_ids, self.relay.next_slot)
+        return self.relay
+
+    def take(self, outputs: Iterable[Output]) -> tuple[list[Output], list[Call]]:
+        """Return what of a round is to be shown, and the calls that are to be run.
+
+        The end of a round is kept back: it may not be the end of the turn.
+        """
+        shown: list[Output] = []
+        started: list[Call] = []
+        for output in outputs:
+            match output:
+                case Finished() | Failed():
+                    self.end = output
+                    self.usage = summed_usage(self.usage, output.usage)
+                case Keep(None, item):
+                    self._unseen.append(item)
+                case Keep(slot, item) if slot is not None:
+                    self._kept[slot] = item
+                case CallTool():
+                    calls = self._planned(output)
+                    started += [call for call in calls if call.verdict == "run"]
+                    shown += self._mended_items(calls)
+                case Opened(slot, "function_call", item):
+                    self._items[slot] = item
+                    shown.append(output)
+                case Closed(slot, "function_call", item):
+                    shown += self._closed_call(slot, item)
+                case _:
+                    shown.append(output)
+        return shown, started
+
+    def _closed_call(self, slot: int, item: JsonObject) -> list[Output]:
+        self._items[slot] = item
+        if self._hides_calls and self._box.judge(item["name"])[0] != "leave":
+            return []  # an API client is told of its own calls alone
+        return [Closed(slot, "function_call", self._mended.get(slot, item))]
+
+    def _planned(self, output: CallTool) -> list[Call]:
+        slot, call_id, name, text = output
+        calls = planned_calls(self._box, slot, call_id, name, text)
+        if self.is_last:
+            limit = (
+                "Error: the limit of tool calls is reached. Answer with what you have."
+            )
+            calls = [replace(c, problem=limit, verdict="answer") for c in calls[:1]]
+        self.relay.call_ids.update(call.call_id for call in calls)
+        calls = [
+            (
+                call
+                if call.slot is not None
+                else replace(call, slot=self.relay.take_slot())
+            )
+            for call in calls
+        ]
+        self.calls += calls
+        return calls
+
+    def _mended_items(self, calls: list[Call]) -> list[Output]:
+        """Return the items of calls whose arguments are not as they were written."""
+        if len(calls) == 1 and not calls[0].is_mended:
+            return []
+        shown: list[Output] = []
+        for call in calls:
+            slot = cast(int, call.slot)
+            old = self._items.get(slot)
+            item = call_item(call, "completed", old["id"] if old else new_id("fc"))
+            self._items[slot] = self._mended[slot] = item
+            self._split |= {slot} if len(calls) > 1 else set()
+            if old is None:
+                shown.append(Opened(slot, "function_call", item))
+            shown.append(Closed(slot, "function_call", item))
+        return shown
+
+    def settle(self, result: Result) -> list[Output]:
+        """Return what shows the result of a call."""
+        call, slot = result.call, cast(int, result.call.slot)
+        self._results[call.call_id] = result
+        shown: list[Output] = [Noted(result.note)] if result.note else []
+        item = self._items.get(slot, {})
+        if result.status != "completed" and item and not self._hides_calls:
+            item = {**self._mended.get(slot, item), "status": result.status}
+            shown.append(Closed(slot, "function_call", item))
+        return [*shown, *whole_output(self.relay.take_slot(), result.shown)]
+
+    def answers(self) -> list[Result]:
+        """Return the results of the calls that nobody makes."""
+        return [
+            refused(call, call.problem)
+            for call in self.calls
+            if call.verdict == "answer" and call.call_id not in self._results
+        ]
+
+    def unfinished(self) -> list[Result]:
+        """Return results for calls that the model began and never ended.
+
+        Open WebUI would run them, with half of their arguments.
+        """
+        if not self._box.runs:
+            return []
+        planned = {call.slot for call in self.calls}
+        return [
+            interrupted(Call(slot, item["call_id"], item["name"], {}))
+            for slot, item in self._items.items()
+            if slot not in planned
+        ]
+
+    def next_request(self, request: JsonObject) -> JsonObject:
+        """Return the request of the next round, and begin it."""
+        if not self.calls:  # an empty answer: the same question once more
+            self.has_asked_again = True
+            self._begin_round()
+            return request
+        self._rounds += 1
+        items = self._kept | {slot: self._mended[slot] for slot in self._split}
+        sent = [*self._unseen, *(items[slot] for slot in sorted(items))]
+        results = [result.item for result in self._results.values()]
+        self._begin_round()
+        return with_results(request, sent, results, is_last=self.is_last)
+
+    def last(self) -> Output:
+        """Return the turn's last output, with the usage of all rounds."""
+        end = self.end._replace(usage=self.usage)
+        if not isinstance(end, Finished) or self.has_left_calls:
+            return end
+        if self.calls and end.reason == "tool_calls":
+            said = any(item.get("type") == "message" for item in self._kept.values())
+            return end._replace(reason="stop", remark=None if said else ToolLimit())
+        return end
+
+    def broken(self, error: PipeError) -> list[Output]:
+        """Return the end of a turn that fails by a mistake of ours."""
+        shown, _ = self.take(self.relay.fail(error) or [Failed(error)])
+        called = {c.slot for c in self.calls if c.call_id in self._results}
+        open_calls = [
+            interrupted(c)
+            for c in self.calls
+            if c.verdict != "leave" and c.slot not in called
+        ]
+        for result in [*open_calls, *self.unfinished()]:
+            shown += self.settle(result)
+        return [*shown, self.last()]
+
+
+def goes_on(story: Transcript) -> bool:
+    """Say whether the model is to speak again in this turn."""
+    end = story.end
+    if not isinstance(end, Finished) or story.has_left_calls:
+        return False
+    if story.calls:
+        return end.reason == "tool_calls" and not story.is_last
+    is_empty = isinstance(end.remark, NoAnswer)
+    return is_empty and story.follows_tools and not story.has_asked_again
+
+
+def tool_scene(turn: Turn, box: Toolbox, card: ModelCard) -> ToolScene:
+    """Return what running a turn's tools needs to know of it."""
+    return ToolScene(
+        valves=turn.settings,
+        entries=box.entries,
+        user_id=turn.user_id,
+        request=turn.request,
+        metadata=turn.metadata,
+        messages=as_list(turn.body.get("messages")),
+        emitter=turn.emitter,
+        reads_images=card.reads("image"),
+    )
+
+
 class Conversation:
     """Lead a turn from the request to its last output."""
 
     def __init__(self, gateway: Gateway, catalog: Catalog) -> None:
         self._gateway = gateway
         self._catalog = catalog
+        self._guards = ToolGuards()
 
     async def run(self, turn: Turn) -> AsyncGenerator[list[Output], None]:
         """Yield a turn's outputs as they come; the last is Finished or Failed.
 
         Failures become outputs: what was shown before them stays.
         """
-        relay = Relay()
+        box = toolbox(turn)
+        story = Transcript(turn, box)
         try:
-            request, notes = await self._prepare(turn)
+            story = Transcript(turn, box, turn.body.get("messages"))
+            request, notes, card = await self._prepare(turn, box)
             if notes:
                 yield [Noted(note) for note in notes]
-            answer, relay, outputs = await self._begin(turn, request)
-            with closing(answer):
-                yield await self._kept(turn, outputs)
-                while not relay.finished:
-                    outputs = _advanced(relay, await answer.read())
-                    if outputs:
-                        yield await self._kept(turn, outputs)
+            async with ToolRunner(tool_scene(turn, box, card), self._guards) as tools:
+                rounds = self._converse(turn, request, story, tools)
+                async with aclosing(rounds) as batches:
+                    async for batch in batches:
+                        yield batch
         except PipeError as error:
-            yield relay.fail(error)
+            yield story.broken(error)
         except Exception:  # a mistake of ours must not cost the chat its text
             mark = new_id("defect")
             LOG.exception("A turn with %s failed (%s)", turn.model_id, mark)
-            yield relay.fail(Defect(mark))
+            yield story.broken(Defect(mark))
+
+    async def _converse(
+        self, turn: Turn, request: JsonObject, story: Transcript, tools: ToolRunner
+    ) -> AsyncGenerator[list[Output], None]:
+        """Yield the rounds of a turn: the model speaks, tools answer, until it is done."""
+        if story.is_last and "tools" in request:
+            request = with_results(request, (), (), is_last=True)
+        while True:
+            async with aclosing(self._spoken(turn, request, story, tools)) as batches:
+                async for batch in batches:
+                    yield batch
+            async with aclosing(self._answered(story, tools)) as batches:
+                async for batch in batches:
+                    yield batch
+            if not goes_on(story):
+                yield [story.last()]
+                return
+            request = story.next_request(request)
+
+    async def _spoken(
+        self, turn: Turn, request: JsonObject, story: Transcript, tools: ToolRunner
+    ) -> AsyncGenerator[list[Output], None]:
+        """Yield one response; its calls start the moment they are complete."""
+        try:
+            answer, outputs = await self._begin(turn, request, story)
+            with closing(answer):
+                while outputs or not story.relay.finished:
+                    shown, calls = story.take(outputs)
+                    for call in calls:
+                        await tools.start(call)
+                    if shown:
+                        yield await self._kept(turn, shown)
+                    if story.relay.finished:
+                        return
+                    outputs = _advanced(story.relay, await answer.read())
+        except PipeError as error:
+            shown, _ = story.take(story.relay.fail(error) or [Failed(error)])
+            if shown:
+                yield shown
+
+    async def _answered(
+        self, story: Transcript, tools: ToolRunner
+    ) -> AsyncGenerator[list[Output], None]:
+        """Yield the results of a round's calls as they come, until each has one."""
+        results = [*story.answers(), *story.unfinished()]
+        if isinstance(story.end, Failed):
+            results += await tools.interrupt()
+        while True:
+            if results:
+                yield [output for result in results for output in story.settle(result)]
+            results = await tools.next_results()
+            if not results:
+                return
 
     async def complete(self, turn: Turn) -> Completion:
         """Return a turn as a whole."""
@@ -3006,23 +5001,29 @@ class Conversation:
                     await _emit_beside(turn, output)
         return completion
 
-    async def _prepare(self, turn: Turn) -> tuple[JsonObject, tuple[str, ...]]:
-        """Return the request, and notes about what it leaves out."""
+    async def _prepare(
+        self, turn: Turn, box: Toolbox
+    ) -> tuple[JsonObject, tuple[str, ...], ModelCard]:
+        """Return the request, notes about what it leaves out, and the model."""
         settings = turn.settings
         api_key(settings)  # the reason that needs no network comes first
         card = known_model(await self._catalog.models(settings), turn.model_id)
         chat = build_input(turn.body.get("messages"), card)
-        request = build_request(turn.body, card, chat, session_id=turn.chat_id)
+        items = bounded_results(chat.items, settings.TOOL_RESULT_MAX_CHARS)
+        body = offered_body(turn, card, box)
+        request = build_request(
+            body, card, chat._replace(items=items), session_id=turn.chat_id
+        )
         if turn.task:
             effort = settings.TASK_MODEL_REASONING_EFFORT
             request = build_task_request(request, turn.task, card, effort)
         elif left_out := unsent(turn.body, request):
             LOG.info("Not sent to %s: %s", card.id, ", ".join(left_out))
-        return request, chat.notes
+        return request, chat.notes, card
 
     async def _begin(
-        self, turn: Turn, request: JsonObject
-    ) -> tuple[Answer, Relay, list[Output]]:
+        self, turn: Turn, request: JsonObject, story: Transcript
+    ) -> tuple[Answer, list[Output]]:
         """Return an answer that has begun to show; nothing was shown before."""
 
         async def announce(state: RetryCallState) -> None:
@@ -3038,14 +5039,14 @@ class Conversation:
             before_sleep=announce,
             reraise=True,
         )
-        return await retrying(self._attempt, turn, request)
+        return await retrying(self._attempt, turn, request, story)
 
     async def _attempt(
-        self, turn: Turn, request: JsonObject
-    ) -> tuple[Answer, Relay, list[Output]]:
+        self, turn: Turn, request: JsonObject, story: Transcript
+    ) -> tuple[Answer, list[Output]]:
         answer = await self._gateway.open(request, turn.settings)
         try:
-            relay = Relay(call_ids(turn.body.get("messages")))
+            relay = story.new_relay()
             outputs: list[Output] = []
             while not outputs:
                 outputs = _advanced(relay, await answer.read())
@@ -3054,7 +5055,7 @@ class Conversation:
         except BaseException:  # a cancelled turn too leaves no socket behind
             answer.close()
             raise
-        return answer, relay, outputs
+        return answer, outputs
 
     async def _kept(self, turn: Turn, outputs: list[Output]) -> list[Output]:
         """Return outputs with a chat's images stored as files of its user."""
@@ -3123,6 +5124,9 @@ class Pipe:
     class Valves(Settings):
         """What an admin sets."""
 
+    class UserValves(UserSettings):
+        """What a user may choose."""
+
     def __init__(self) -> None:
         self.valves = self.Valves()
         self._runtime = Runtime()
@@ -3147,16 +5151,18 @@ class Pipe:
         __request__: Any = None,
         __event_emitter__: Emitter | None = None,
         __task__: str | None = None,
+        __tools__: JsonObject | None = None,
     ) -> AsyncGenerator[JsonObject, None] | StreamingResponse | JsonObject:
         """Answer one request in the form that its caller reads."""
         turn = Turn.from_webui(
-            self.valves,
+            self.valves.for_user(as_object(__user__).get("valves")),
             body,
             __user__,
             __metadata__,
             __request__,
             __event_emitter__,
             __task__,
+            __tools__,
         )
         self._runtime.refresh(turn.settings)
         if not turn.is_streamed:

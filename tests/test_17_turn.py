@@ -265,7 +265,8 @@ def test_items_are_contiguous_unique_and_finished(
 
     assert added == list(range(len(added)))
     assert len(set(ids)) == len(ids)
-    assert {item["status"] for item in shown.output} <= {"completed"}
+    ends = {"completed", variant} if name == "H9" else {"completed"}
+    assert {item["status"] for item in shown.output} <= ends
     for item in shown.items("message"):
         assert {part["type"] for part in item["content"]} == {"output_text"}
 
@@ -323,7 +324,9 @@ def test_an_api_client_reads_one_finish_or_one_error(
     stage: Stage, name: str, variant: str
 ) -> None:
     played = stage.played[name, variant]
-    calls = played.chat.items("function_call")
+    answered = {i["call_id"] for i in played.chat.items("function_call_output")}
+    made = {item["call_id"] for item in played.chat.items("function_call")}
+    calls = made - answered  # the cards of hosted tools are answered
     finish = CUT_SHORT.get((name, variant), "tool_calls" if calls else "stop")
     has_failed = bool(played.chat.cards) and (name, variant) not in CUT_SHORT
 
