@@ -154,6 +154,17 @@ def as_texts(value: object) -> list[str]:
     return [as_text(each) for each in as_list(value)]
 
 
+def first_text(*values: object) -> str:
+    """Return the first of several strings that says something."""
+    texts = [as_text(value) for value in values]
+    return next(filter(None, texts), "")
+
+
+def without_none(value: JsonObject) -> JsonObject:
+    """Return an object without the keys that are null."""
+    return {key: each for key, each in value.items() if each is not None}
+
+
 def without_blanks(value: JsonObject) -> JsonObject:
     """Return an object without the keys that hold nothing."""
     return {key: each for key, each in value.items() if each}
@@ -862,11 +873,17 @@ def _provider_words(error: JsonObject, metadata: JsonObject) -> str:
     raw = as_text(metadata.get("raw"))
     inner = parse_json(raw)
     nested = as_object(as_object(inner).get("error")) or as_object(inner)
-    words = as_text(nested.get("message")) or (raw if inner is None else "")
-    words = words or as_text(error.get("message"))
+    unparsed = raw if inner is None else ""
+    words = first_text(nested.get("message"), unparsed, error.get("message"))
     said = ": ".join(filter(None, (as_text(metadata.get("provider_name")), words)))
     reasons = ", ".join(as_texts(metadata.get("reasons")))
     return f"{said} ({reasons})" if reasons else said
+
+
+def _flat_error(outer: JsonObject) -> JsonObject:
+    """Return the error of a body that does not nest it; empty when there is none."""
+    message = first_text(outer.get("error"), outer.get("message"))
+    return {"message": message, "code": outer.get("code")} if message else {}
 
 
 def parse_fault(body: object) -> Fault | None:
@@ -876,22 +893,17 @@ def parse_fault(body: object) -> Fault | None:
     provider's own words a JSON text inside `metadata.raw` (openrouter.md 4.2).
     """
     outer = as_object(body)
-    error = as_object(outer.get("error"))
+    error = as_object(outer.get("error")) or _flat_error(outer)
     if not error:
-        flat = as_text(outer.get("error")) or as_text(outer.get("message"))
-        if not flat:
-            return None
-        error = {"message": flat, "code": outer.get("code")}
+        return None
     metadata = as_object(error.get("metadata") or outer.get("metadata"))
-    availability = as_object(error.get("availability"))
     code = error.get("code")
+    kinds = (each.get("error_type") for each in (outer, metadata, error))
     return Fault(
         code="" if code is None else str(code),
         message=_provider_words(error, metadata),
-        error_type=as_text(outer.get("error_type"))
-        or as_text(metadata.get("error_type"))
-        or as_text(error.get("error_type")),
-        retry_after=as_number(availability.get("retry_after")),
+        error_type=first_text(*kinds),
+        retry_after=as_number(as_object(error.get("availability")).get("retry_after")),
         limit=as_text(metadata.get("limit_source")),
     )
 
@@ -900,12 +912,27 @@ def _as_status(code: str) -> int:
     return int(code) if code.isdecimal() and len(code) == 3 else 0
 
 
+def _is_markup(words: str) -> bool:
+    return any(mark in words.lower() for mark in ("<html", "<!doctype"))
+
+
 def presentable(words: str) -> str:
     """Return somebody else's sentence for a card: short, no markup, no keys."""
-    if "<html" in words.lower() or "<!doctype" in words.lower():
+    if _is_markup(words):
         return ""
     words = _KEYS.sub("sk-…", " ".join(words.split()))
     return words if len(words) <= _DETAIL_LIMIT else words[:_DETAIL_LIMIT] + "…"
+
+
+def _kind_of(number: int, fault: Fault) -> type[Upstream]:
+    """Return the error that a status, its name or its words stand for."""
+    named = _BY_NAME.get(fault.error_type) or _BY_NAME.get(fault.code)
+    if named is TooLong or "context length" in fault.message.lower():
+        return TooLong
+    if fault.limit == "openrouter_in_flight_budget":
+        return BudgetInFlight
+    is_ours = number in range(400, 500)
+    return _BY_STATUS.get(number) or named or (Rejected if is_ours else ProviderFailed)
 
 
 def classify(
@@ -917,16 +944,15 @@ def classify(
     """
     fault = fault or Fault("", "")
     number = status if status >= 400 else _as_status(fault.code)
-    named = _BY_NAME.get(fault.error_type) or _BY_NAME.get(fault.code)
-    kind = _BY_STATUS.get(number) or named
-    if named is TooLong or "context length" in fault.message.lower():
-        kind = TooLong
-    if kind is NoCredit and fault.limit == "openrouter_in_flight_budget":
-        kind = BudgetInFlight
-    if kind is None:
-        kind = Rejected if 400 <= number < 500 else ProviderFailed
-    waits = retry_after if retry_after is not None else fault.retry_after
-    return kind(presentable(fault.message), retry_after=waits)
+    waits = fault.retry_after if retry_after is None else retry_after
+    return _kind_of(number, fault)(presentable(fault.message), retry_after=waits)
+
+
+def _seconds_until(date: str, now: float) -> float | None:
+    try:
+        return max(0.0, parsedate_to_datetime(date).timestamp() - now)
+    except (ValueError, TypeError):
+        return None
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -938,12 +964,10 @@ def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
     seconds = as_number(parse_json(value))
     if seconds is not None:
         return max(0.0, seconds)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
-    except (ValueError, TypeError):
-        pass
     reset = as_number(parse_json(headers.get("X-RateLimit-Reset", "")))
-    return None if reset is None else max(0.0, reset / 1000 - now)
+    if reset is None:
+        return _seconds_until(value, now)
+    return max(0.0, reset / 1000 - now)
 
 
 def render_error(error: PipeError) -> str:
@@ -1032,21 +1056,19 @@ def _part_index(raw: JsonObject) -> int:
 def _summary_text(raw: JsonObject) -> str:
     """Return the summary, its parts set apart as paragraphs; some send plain strings."""
     parts = as_list(raw.get("summary"))
-    texts = [as_text(part) or as_text(as_object(part).get("text")) for part in parts]
+    texts = [first_text(part, as_object(part).get("text")) for part in parts]
     return "\n\n".join(filter(None, texts))
 
 
 def parse_citation(data: object) -> Citation | None:
     """Return a `url_citation` in its flat or nested form, or None for other kinds."""
     raw = as_object(data)
-    if raw.get("type") != "url_citation":
+    told = as_object(raw.get("url_citation")) or raw
+    url = as_text(told.get("url"))
+    if raw.get("type") != "url_citation" or not url:
         return None
-    raw = as_object(raw.get("url_citation")) or raw
-    url = as_text(raw.get("url"))
-    return (
-        Citation(url, as_text(raw.get("title")) or url, as_text(raw.get("content")))
-        if url
-        else None
+    return Citation(
+        url, first_text(told.get("title"), url), as_text(told.get("content"))
     )
 
 
@@ -1058,6 +1080,10 @@ def _call_item(raw: JsonObject) -> Item:
     return Item("function_call", raw, "", (), call_id, name, arguments)
 
 
+def _content_text(parts: Iterable[JsonObject]) -> str:
+    return "".join(first_text(p.get("text"), p.get("refusal")) for p in parts)
+
+
 def parse_item(data: object) -> Item:
     """Return an output item as typed values, whatever its provider left out."""
     raw = as_object(data)
@@ -1065,11 +1091,11 @@ def parse_item(data: object) -> Item:
     if type_ == "function_call":
         return _call_item(raw)
     parts = as_objects(raw.get("content"))
-    text = "".join(as_text(p.get("text")) or as_text(p.get("refusal")) for p in parts)
+    text = _content_text(parts)
     if type_ == "reasoning":
         return Item(type_, raw, _summary_text(raw) or text)
-    noted = (parse_citation(a) for p in parts for a in as_list(p.get("annotations")))
-    return Item(type_, raw, text, tuple(filter(None, noted)))
+    noted = chain.from_iterable(as_list(part.get("annotations")) for part in parts)
+    return Item(type_, raw, text, tuple(filter(None, map(parse_citation, noted))))
 
 
 def parse_snapshot(data: object) -> Snapshot:
@@ -1086,17 +1112,22 @@ def parse_snapshot(data: object) -> Snapshot:
     )
 
 
+def _with_response(event: Event, raw: JsonObject) -> Event:
+    """Return a lifecycle event with its snapshot, and the failure that it tells of."""
+    snapshot = parse_snapshot(raw["response"]) if raw.get("response") else None
+    if event.type not in _FAILURES:
+        return event._replace(snapshot=snapshot)
+    told = snapshot.fault if snapshot else None
+    return event._replace(snapshot=snapshot, fault=told or parse_fault(raw))
+
+
 def _with_body(event: Event, raw: JsonObject) -> Event:
     """Return the event with the item, citation, snapshot or failure that it carries."""
     if "item" in raw:
         return event._replace(item=parse_item(raw["item"]))
     if "annotation" in raw:
         return event._replace(citation=parse_citation(raw["annotation"]))
-    snapshot = parse_snapshot(raw["response"]) if raw.get("response") else None
-    fault = None
-    if event.type in _FAILURES:
-        fault = (snapshot.fault if snapshot else None) or parse_fault(raw)
-    return event._replace(snapshot=snapshot, fault=fault)
+    return _with_response(event, raw)
 
 
 def _event_text(type_: str, raw: JsonObject) -> str:
@@ -1108,19 +1139,22 @@ def _event_text(type_: str, raw: JsonObject) -> str:
     return text if isinstance(text, str) else ""
 
 
+def _untyped(raw: JsonObject) -> Event | None:
+    """Return a failure that came without a type; anything else is no event."""
+    fault = parse_fault(raw)
+    return Event("error", fault=fault) if fault else None
+
+
 def parse_event(data: object) -> Event | None:
     """Return one decoded `data:` payload as an event, or None for what is none."""
     raw = as_object(data)
     type_ = as_text(raw.get("type"))
     if not type_:
-        fault = parse_fault(raw)
-        return Event("error", fault=fault) if fault else None
+        return _untyped(raw)
     slot = raw.get("output_index")
     text = _event_text(type_, raw)
     event = Event(type_, slot if isinstance(slot, int) else -1, _part_index(raw), text)
-    if event.text:
-        return event
-    return _with_body(event, raw)
+    return event if text else _with_body(event, raw)
 
 
 # endregion
@@ -1706,23 +1740,32 @@ class Models:
         base, _, preset = model_id.partition("@preset/")
         if preset and not base:
             return ModelCard(model_id, f"Preset {preset}", efforts=None)
-        while base not in self._by_id:
-            head, colon, suffix = base.rpartition(":")
-            if not colon or suffix not in _VARIANTS:
-                break
-            base = head
-        if base.startswith("~") and base not in self._by_id:
+        known = self._without_variants(base)
+        if known is None and base.startswith("~"):
             return ModelCard(model_id, model_id, efforts=None)
-        return self._by_id.get(base)
+        return known
+
+    def _without_variants(self, model_id: str) -> ModelCard | None:
+        """Return the card of an id, its suffixes taken off as far as needed."""
+        while model_id not in self._by_id:
+            model_id, _, suffix = model_id.rpartition(":")
+            if suffix not in _VARIANTS:
+                return None
+        return self._by_id[model_id]
 
     def nearest(self, model_id: str) -> list[str]:
         """Return up to three ids that look like the one that nobody knows."""
         by_lower = {card.id.lower(): card.id for card in self.cards}
         near = difflib.get_close_matches(model_id.lower(), by_lower, 3, 0.6)
-        if not near:
-            wanted = model_id.lower().rpartition("/")[2]
-            near = [low for low in by_lower if wanted and wanted in low][:3]
+        tail = model_id.lower().rpartition("/")[2] or "/"
+        near = near or [low for low in by_lower if tail in low.rpartition("/")[2]][:3]
         return [by_lower[low] for low in near]
+
+
+def _named(card: ModelCard, entry: str) -> ModelCard:
+    """Return a card under the id that the valve names: a variant or a preset of it."""
+    suffix = entry.removeprefix(card.id).strip(":@")
+    return replace(card, id=entry, name=f"{card.name} ({suffix})" if suffix else entry)
 
 
 def _matches(
@@ -1734,22 +1777,21 @@ def _matches(
     card = models.explain(entry)
     if card is None:
         return []
-    if entry == card.id:
-        return [card]
-    suffix = entry.removeprefix(card.id).strip(":@")
-    return [
-        replace(card, id=entry, name=f"{card.name} ({suffix})" if suffix else entry)
-    ]
+    return [card if card.id == entry else _named(card, entry)]
+
+
+def _entries(wanted: str) -> list[str]:
+    return [name for entry in wanted.split(",") if (name := entry.strip())]
 
 
 def select_models(models: Models, wanted: str) -> tuple[list[ModelCard], list[str]]:
     """Return the cards that `MODEL_ID` asks for, and the entries that match nothing."""
     chatting = [card for card in models.cards if card.can_chat]
-    entries = [name for entry in wanted.split(",") if (name := entry.strip())]
+    entries = _entries(wanted)
     if not entries or "auto" in map(str.lower, entries):
         return chatting, []
     matches = {entry: _matches(models, chatting, entry) for entry in entries}
-    chosen = {card.id: card for cards in matches.values() for card in cards}
+    chosen = {card.id: card for card in chain.from_iterable(matches.values())}
     return list(chosen.values()), [e for e, cards in matches.items() if not cards]
 
 
@@ -3297,17 +3339,19 @@ def _text_options(body: JsonObject) -> JsonObject:
     return {"text": text} if text else {}
 
 
+def _offered_efforts(card: ModelCard) -> list[str]:
+    """Return the efforts a model can be asked for, the lowest first."""
+    offered = set(card.efforts or _EFFORTS)
+    if card.reasoning_is_mandatory:
+        offered.discard("none")
+    return [effort for effort in _EFFORTS if effort in offered]
+
+
 def fitting_effort(wanted: str, card: ModelCard) -> str:
     """Return the effort a model offers that is nearest; the lower of two as near."""
-    offered = [effort for effort in card.efforts or _EFFORTS if effort in _EFFORTS]
-    if card.reasoning_is_mandatory:
-        offered = [effort for effort in offered if effort != "none"]
-    if wanted in offered or not offered:
-        return wanted
+    offered = _offered_efforts(card)
     place = _EFFORTS.index(wanted)
-    return min(
-        offered, key=lambda e: (abs(_EFFORTS.index(e) - place), _EFFORTS.index(e))
-    )
+    return min(offered, key=lambda e: abs(_EFFORTS.index(e) - place), default=wanted)
 
 
 def reasoning_options(body: JsonObject, card: ModelCard) -> JsonObject:
@@ -3323,22 +3367,28 @@ def reasoning_options(body: JsonObject, card: ModelCard) -> JsonObject:
     return {"reasoning": reasoning} if reasoning else {}
 
 
+def _tool_choice(body: JsonObject) -> JsonObject:
+    choice = body.get("tool_choice")
+    name = as_text(as_object(as_object(choice).get("function")).get("name"))
+    if name:
+        choice = {"type": "function", "name": name}
+    return without_blanks({"tool_choice": choice})
+
+
 def _tools(body: JsonObject, card: ModelCard) -> JsonObject:
     tools = list(filter(None, map(flat_tool, as_list(body.get("tools")))))
     if not tools or not card.takes("tools"):
         return {}
-    sent: JsonObject = {"tools": tools}
-    choice = body.get("tool_choice")
-    name = as_text(as_object(as_object(choice).get("function")).get("name"))
-    if name:
-        sent["tool_choice"] = {"type": "function", "name": name}
-    elif choice:
-        sent["tool_choice"] = choice
-    if isinstance(body.get("parallel_tool_calls"), bool) and card.takes(
-        "parallel_tool_calls"
-    ):
-        sent["parallel_tool_calls"] = body["parallel_tool_calls"]
+    sent = {"tools": tools, **_tool_choice(body)}
+    parallel = body.get("parallel_tool_calls")
+    if isinstance(parallel, bool) and card.takes("parallel_tool_calls"):
+        sent["parallel_tool_calls"] = parallel
     return sent
+
+
+def _sampling(body: JsonObject, card: ModelCard) -> JsonObject:
+    taken = filter(card.takes, _SAMPLING)
+    return {key: body[key] for key in taken if as_number(body.get(key)) is not None}
 
 
 def build_request(
@@ -3356,14 +3406,11 @@ def build_request(
         "store": False,
         "include": ["reasoning.encrypted_content"],
     }
-    if chat.instructions:
-        request["instructions"] = chat.instructions
-    if session := session_id or as_text(body.get("session_id")):
-        request["session_id"] = session[:_SESSION_ID_LIMIT]
-    for name in _SAMPLING:
-        if as_number(body.get(name)) is not None and card.takes(name):
-            request[name] = body[name]
-    request |= {key: body[key] for key in _AS_THEY_ARE if body.get(key) is not None}
+    session = first_text(session_id, body.get("session_id"))[:_SESSION_ID_LIMIT]
+    named = {"instructions": chat.instructions, "session_id": session}
+    request |= without_blanks(named)
+    request |= _sampling(body, card)
+    request |= without_none({key: body.get(key) for key in _AS_THEY_ARE})
     request |= _output_limit(body)
     request |= _text_options(body)
     request |= reasoning_options(body, card)
@@ -3375,8 +3422,7 @@ def _replayed(item: JsonObject) -> JsonObject:
     """Return an item of this turn as it goes back: verbatim, but for what must be."""
     if item.get("type") != "reasoning":
         return item
-    kept = {key: value for key, value in item.items() if value is not None}
-    return {"id": new_id("rs"), "summary": [], **kept}
+    return {"id": new_id("rs"), "summary": [], **without_none(item)}
 
 
 def with_results(
@@ -3405,6 +3451,11 @@ def _task_reasoning(effort: str, card: ModelCard) -> JsonObject:
     return {"effort": fitting_effort(effort, card)}
 
 
+_NOT_FOR_TASKS = frozenset(
+    {"tools", "tool_choice", "parallel_tool_calls", "plugins", "reasoning"}
+)
+
+
 def build_task_request(
     request: JsonObject, task: str, card: ModelCard, effort: Effort
 ) -> JsonObject:
@@ -3414,8 +3465,7 @@ def build_task_request(
     """
     if task == "moa_response_generation":  # a real answer, merged from several models
         return request
-    dropped = ("tools", "tool_choice", "parallel_tool_calls", "plugins", "reasoning")
-    request = {key: value for key, value in request.items() if key not in dropped}
+    request = {k: value for k, value in request.items() if k not in _NOT_FOR_TASKS}
     if card.reasons:
         request["reasoning"] = _task_reasoning(effort, card)
     if task in _SHORT_TASKS:
@@ -3427,8 +3477,8 @@ def unsent(body: JsonObject, request: JsonObject) -> list[str]:
     """Return the names of parameters that were set and could not be sent."""
     return sorted(
         key
-        for key, value in body.items()
-        if value is not None and key not in request and key not in _TRANSLATED
+        for key in without_none(body)
+        if key not in request and key not in _TRANSLATED
     )
 
 
