@@ -2552,19 +2552,19 @@ def without_search(tools: Iterable[object]) -> list[object]:
     return [t for t, known in flat if known.get("name") not in _OPEN_WEBUI_SEARCH]
 
 
+_MOST_RESULTS = {"perplexity": 20}
+
+
 def search_tool(
     valves: SearchValves, card: ModelCard, effort: str, *, is_asked: bool
 ) -> JsonObject | None:
     """Return OpenRouter's web search, if this chat and this model get it."""
-    wanted = valves.ENABLE_WEB_SEARCH_TOOL
-    if wanted == "off" or (wanted == "when_asked" and not is_asked):
+    wanted = {"off": False, "when_asked": is_asked, "always": True}
+    is_refused = effort == "minimal" and card.id.startswith("openai/")
+    if is_refused or not wanted[valves.ENABLE_WEB_SEARCH_TOOL]:  # openrouter.md 7
         return None
-    if effort == "minimal" and card.id.startswith("openai/"):
-        return None  # refused upstream (openrouter.md 7)
     engine, most = valves.WEB_SEARCH_ENGINE, valves.WEB_SEARCH_MAX_RESULTS
-    parameters: JsonObject = {
-        "max_results": min(most, 20) if engine == "perplexity" else most
-    }
+    parameters: JsonObject = {"max_results": min(most, _MOST_RESULTS.get(engine, most))}
     if engine != "auto":
         parameters["engine"] = engine
     return {"type": "openrouter:web_search", "parameters": parameters}
@@ -2593,6 +2593,10 @@ def schema_of(entry: JsonObject | None) -> JsonObject:
     return as_object(as_object(as_object(entry).get("spec")).get("parameters"))
 
 
+# What a request has not where Open WebUI cannot take over.
+_LACKS = {True: "a person's approval", False: "the browser"}
+
+
 @dataclass(frozen=True, slots=True)
 class Toolbox:
     """The tools of one request, and who may run them. Nothing writes to it.
@@ -2616,8 +2620,7 @@ class Toolbox:
         if entry is None:
             return "answer", f'Error: Tool "{name}" not found.'
         if self.asks or not is_runnable(name, entry):
-            lacks = "a person's approval" if self.asks else "the browser"
-            return "answer", f"Error: {name} needs {lacks}, which this request has not."
+            return "answer", f"Error: {name} needs {_LACKS[self.asks]}. Do without it."
         return "run", ""
 
     def _is_others(self, name: str, entry: JsonObject | None) -> bool:
@@ -2654,14 +2657,13 @@ def _json_values(text: str) -> list[object] | None:
 _LITERAL_LIMIT = 100_000
 
 
-def _python_value(text: str) -> Any:
+def _python_objects(text: str) -> list[object]:
     """Return what some models write instead of JSON: `{'a': True}`."""
-    if len(text) > _LITERAL_LIMIT:
-        return None
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text) if len(text) <= _LITERAL_LIMIT else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
+        return []
+    return [as_object(value)] if isinstance(value, dict) else []
 
 
 def _as_arguments(value: object, name: str) -> Arguments:
@@ -2679,19 +2681,15 @@ def parse_arguments(text: str, name: str) -> list[Arguments]:
     text = text.strip()
     if not text:
         return [Arguments({})]
-    values = _json_values(text)
-    if values is None:
-        literal = _python_value(text)
-        if not isinstance(literal, dict):
-            problem = (
-                f"Error: the arguments of `{name}` are malformed or incomplete JSON. "
-                "Please try again."
-            )
-            return [Arguments({}, problem)]
-        values = [as_object(cast(object, literal))]
-    if len(values) > 1 and not all(isinstance(value, dict) for value in values):
-        values = [None]
-    return [_as_arguments(value, name) for value in values]
+    values = _json_values(text) or _python_objects(text)
+    if not values:
+        problem = (
+            f"Error: the arguments of `{name}` are malformed or incomplete JSON. "
+            "Please try again."
+        )
+        return [Arguments({}, problem)]
+    is_mixed = len(values) > 1 and not all(isinstance(v, dict) for v in values)
+    return [_as_arguments(v, name) for v in ([None] if is_mixed else values)]
 
 
 def _planned_call(box: Toolbox, name: str, written: Arguments) -> Call:
@@ -2879,6 +2877,17 @@ class ToolScene:
     reads_images: bool = True
 
 
+def _shows_sources(metadata: JsonObject) -> bool:
+    info = as_object(as_object(metadata.get("model")).get("info"))
+    abilities = as_object(as_object(info.get("meta")).get("capabilities"))
+    return abilities.get("citations", True) is not False
+
+
+def _linked(files: Iterable[JsonObject]) -> tuple[JsonObject, ...]:
+    """Return the files that a card links to: those that are stored."""
+    return tuple(f for f in files if not as_text(f.get("url")).startswith("data:"))
+
+
 class _Finisher:
     """Turn a tool's value into a result, by Open WebUI's own functions."""
 
@@ -2922,7 +2931,7 @@ class _Finisher:
             "failed" if is_error else "completed",
             shown,
             self._sent(shown + cited, [data for _, data in images]),
-            tuple(f for f in kept if not as_text(f.get("url")).startswith("data:")),
+            _linked(kept),
             tuple(embeds),
             tuple(url for url, _ in images),
         )
@@ -2935,12 +2944,8 @@ class _Finisher:
     async def _cite(self, host: Any, call: Call, text: str) -> str:
         """Show the sources of a result; return how the model can cite them."""
         scene = self._scene
-        info = as_object(as_object(scene.metadata.get("model")).get("info"))
-        abilities = as_object(as_object(info.get("meta")).get("capabilities"))
-        emit = scene.emitter
-        if emit is None or abilities.get("citations", True) is False or not text:
-            return ""
-        if call.name not in host.CITATION_TOOL_NAMES:
+        emit = scene.emitter if _shows_sources(scene.metadata) else None
+        if emit is None or not text or call.name not in host.CITATION_TOOL_NAMES:
             return ""
         sources = host.get_citation_source_from_tool_result(
             tool_name=call.name,
@@ -2989,25 +2994,23 @@ class _Finisher:
         self, host: Any, files: list[JsonObject]
     ) -> list[tuple[str, str]]:
         """Return each image as the chat refers to it, and as the model reads it."""
+        urls = [as_text(f.get("url")) for f in files if f.get("type") == "image"]
+        return [await self._image(host, url) for url in urls if url]
+
+    async def _image(self, host: Any, url: str) -> tuple[str, str]:
         scene = self._scene
-        images: list[tuple[str, str]] = []
-        for url in (as_text(f.get("url")) for f in files if f.get("type") == "image"):
-            data = url
-            if url.startswith("data:"):
-                url = await host.store_tool_result_image(
-                    scene.request, url, scene.metadata, self._user
-                )
-            elif url:
-                part: JsonObject = {"type": "image_url", "image_url": {"url": url}}
-                message: JsonObject = {"role": "user", "content": [part]}
-                await host.convert_url_images_to_base64(
-                    {"messages": [message]}, user=self._user
-                )
-                (part,) = message["content"]
-                data = as_text(as_object(part["image_url"]).get("url"))
-            if url:
-                images.append((url, data))
-        return images
+        if url.startswith("data:"):
+            stored = await host.store_tool_result_image(
+                scene.request, url, scene.metadata, self._user
+            )
+            return as_text(stored), url
+        part: JsonObject = {"type": "image_url", "image_url": {"url": url}}
+        message: JsonObject = {"role": "user", "content": [part]}
+        await host.convert_url_images_to_base64(
+            {"messages": [message]}, user=self._user
+        )
+        (part,) = message["content"]
+        return url, as_text(as_object(part["image_url"]).get("url"))
 
     def _sent(self, text: str, images: list[str]) -> str | list[JsonObject]:
         usable = [data for data in images if data.startswith(("data:", "https://"))]
@@ -3062,10 +3065,17 @@ class ToolRunner:
     async def start(self, call: Call) -> None:
         """Start a call; when the line is full, wait until one of it is done."""
         most = self._scene.valves.MAX_PARALLEL_TOOLS_PER_REQUEST + _LINE
-        while sum(not task.done() for task in self._tasks) >= most:
-            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        while len(running := self._running()) >= most:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         task = asyncio.get_running_loop().create_task(self._in_turn(call))
         self._tasks[task] = call
+
+    def _running(self) -> list[asyncio.Task[Result]]:
+        return [task for task in self._tasks if not task.done()]
+
+    def _done(self) -> list[Result]:
+        done = [task for task in self._tasks if task.done()]
+        return [self._taken(task) for task in done]
 
     async def next_results(self) -> list[Result]:
         """Return the results that are there next; none means that all are in.
@@ -3083,20 +3093,18 @@ class ToolRunner:
             timeout=max(0.0, self._deadline - loop.time()),
             return_when=asyncio.FIRST_COMPLETED,
         )
-        done = [task for task in self._tasks if task.done()]
-        if done:
-            return [self._taken(task) for task in done]
-        late = list(self._tasks.values())
-        await self._cancel()
         text = f"Error: the tools of this round took longer than {seconds:g} seconds."
-        return [refused(call, text) for call in late]
+        return self._done() or [refused(c, text) for c in await self._cancelled()]
 
     async def interrupt(self) -> list[Result]:
         """End every call that runs; return what became of all of them."""
-        done = [self._taken(task) for task in list(self._tasks) if task.done()]
+        return [*self._done(), *map(interrupted, await self._cancelled())]
+
+    async def _cancelled(self) -> list[Call]:
+        """End every call that runs, and return them."""
         late = list(self._tasks.values())
         await self._cancel()
-        return [*done, *map(interrupted, late)]
+        return late
 
     def _taken(self, task: asyncio.Task[Result]) -> Result:
         call = self._tasks.pop(task)
@@ -3898,13 +3906,19 @@ class Relay:
         self._thinking = []
         outputs: list[Output] = []
         for state in self._order:
-            state.is_cut = not state.is_closed and not is_whole
-            if not state.is_closed:
-                outputs += self._close(state)
-            if state.kind == "function_call" and is_whole:
-                outputs += [] if state.is_kept else [self._kept(state)]
-                outputs += self._called(state)
+            outputs += self._closed_last(state, is_whole=is_whole)
+            outputs += self._called_last(state) if is_whole else []
         return outputs
+
+    def _closed_last(self, state: _Open, *, is_whole: bool) -> list[Output]:
+        state.is_cut = not is_whole and not state.is_closed
+        return [] if state.is_closed else self._close(state)
+
+    def _called_last(self, state: _Open) -> list[Output]:
+        """Return the call of an item whose own end never came."""
+        if state.kind != "function_call" or state.is_kept:
+            return []
+        return [self._kept(state), *self._called(state)]
 
     def _called(self, state: _Open) -> list[Output]:
         """Return the call of an item, once, when it is known what to call."""
@@ -4605,17 +4619,16 @@ def rounds_so_far(messages: object) -> int:
 
 
 def _summed(before: JsonObject, now: JsonObject) -> JsonObject:
-    total = {**before, **now}
-    for key in before.keys() & now.keys():
-        old, new = before[key], now[key]
-        numbers = as_number(old), as_number(new)
-        if isinstance(old, dict) and isinstance(new, dict):
-            total[key] = _summed(cast(JsonObject, old), cast(JsonObject, new))
-        elif numbers[0] is not None and numbers[1] is not None:
-            total[key] = numbers[0] + numbers[1]
-        elif new is None:
-            total[key] = old
-    return total
+    said = {key: value for key, value in now.items() if value is not None}
+    both = {key: _sum(before[key], said[key]) for key in before.keys() & said.keys()}
+    return {**now, **before, **said, **both}
+
+
+def _sum(old: Any, new: Any) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return _summed(cast(JsonObject, old), cast(JsonObject, new))
+    numbers = [n for n in (as_number(old), as_number(new)) if n is not None]
+    return sum(numbers) if len(numbers) == 2 else new
 
 
 def summed_usage(
@@ -4748,26 +4761,32 @@ class Transcript:
         shown: list[Output] = []
         started: list[Call] = []
         for output in outputs:
-            match output:
-                case Finished() | Failed():
-                    self.end = output
-                    self.usage = summed_usage(self.usage, output.usage)
-                case Keep(None, item):
-                    self._unseen.append(item)
-                case Keep(slot, item) if slot is not None:
-                    self._kept[slot] = item
-                case CallTool():
-                    calls = self._planned(output)
-                    started += [call for call in calls if call.verdict == "run"]
-                    shown += self._mended_items(calls)
-                case Opened(slot, "function_call", item):
-                    self._items[slot] = item
-                    shown.append(output)
-                case Closed(slot, "function_call", item):
-                    shown += self._closed_call(slot, item)
-                case _:
-                    shown.append(output)
+            if isinstance(output, CallTool):
+                calls = self._planned(output)
+                started += [call for call in calls if call.verdict == "run"]
+                shown += self._mended_items(calls)
+            else:
+                shown += self._noted(output)
         return shown, started
+
+    def _noted(self, output: Output) -> list[Output]:
+        """Take note of an output; return what of it is shown."""
+        match output:
+            case Finished() | Failed():
+                self.end = output
+                self.usage = summed_usage(self.usage, output.usage)
+            case Keep(None, item):
+                self._unseen.append(item)
+            case Keep(int(slot), item):
+                self._kept[slot] = item
+            case Opened(slot, "function_call", item):
+                self._items[slot] = item
+                return [output]
+            case Closed(slot, "function_call", item):
+                return self._closed_call(slot, item)
+            case _:
+                return [output]
+        return []
 
     def _closed_call(self, slot: int, item: JsonObject) -> list[Output]:
         self._items[slot] = item
@@ -4826,8 +4845,8 @@ class Transcript:
         """Return the results of the calls that nobody makes."""
         return [
             refused(call, call.problem)
-            for call in self.calls
-            if call.verdict == "answer" and call.call_id not in self._results
+            for call in self._unsettled()
+            if call.verdict == "answer"
         ]
 
     def unfinished(self) -> list[Result]:
@@ -4860,36 +4879,54 @@ class Transcript:
     def last(self) -> Output:
         """Return the turn's last output, with the usage of all rounds."""
         end = self.end._replace(usage=self.usage)
-        if not isinstance(end, Finished) or self.has_left_calls:
+        if self.has_left_calls or not self.is_after_calls:
             return end
-        if self.calls and end.reason == "tool_calls":
-            said = any(item.get("type") == "message" for item in self._kept.values())
-            return end._replace(reason="stop", remark=None if said else ToolLimit())
-        return end
+        said = any(item.get("type") == "message" for item in self._kept.values())
+        remark = None if said else ToolLimit()
+        return Finished(self.usage, "", "stop", remark)
+
+    @property
+    def is_after_calls(self) -> bool:
+        """Say whether the round ended well, and with calls."""
+        if not isinstance(self.end, Finished) or not self.calls:
+            return False
+        return self.end.reason == "tool_calls"
+
+    @property
+    def is_empty(self) -> bool:
+        """Say whether the model had nothing to say upon the results of tools."""
+        remark = self.end.remark if isinstance(self.end, Finished) else None
+        return self.follows_tools and isinstance(remark, NoAnswer)
 
     def broken(self, error: PipeError) -> list[Output]:
         """Return the end of a turn that fails by a mistake of ours."""
         shown, _ = self.take(self.relay.fail(error) or [Failed(error)])
-        called = {c.slot for c in self.calls if c.call_id in self._results}
-        open_calls = [
-            interrupted(c)
-            for c in self.calls
-            if c.verdict != "leave" and c.slot not in called
-        ]
-        for result in [*open_calls, *self.unfinished()]:
+        for result in [*map(interrupted, self._unsettled()), *self.unfinished()]:
             shown += self.settle(result)
         return [*shown, self.last()]
+
+    def _unsettled(self) -> list[Call]:
+        """Return our calls that have no result yet."""
+        ours = (call for call in self.calls if call.verdict != "leave")
+        return [call for call in ours if call.call_id not in self._results]
 
 
 def goes_on(story: Transcript) -> bool:
     """Say whether the model is to speak again in this turn."""
-    end = story.end
-    if not isinstance(end, Finished) or story.has_left_calls:
-        return False
-    if story.calls:
-        return end.reason == "tool_calls" and not story.is_last
-    is_empty = isinstance(end.remark, NoAnswer)
-    return is_empty and story.follows_tools and not story.has_asked_again
+    if story.is_empty:
+        return not story.has_asked_again
+    may_go_on = story.is_after_calls and not story.is_last
+    return may_go_on and not story.has_left_calls
+
+
+async def chained(
+    *parts: AsyncGenerator[list[Output], None],
+) -> AsyncGenerator[list[Output], None]:
+    """Yield what one part yields after the other."""
+    for part in parts:
+        async with aclosing(part) as batches:
+            async for batch in batches:
+                yield batch
 
 
 def tool_scene(turn: Turn, box: Toolbox, card: ModelCard) -> ToolScene:
@@ -4945,11 +4982,11 @@ class Conversation:
         if story.is_last and "tools" in request:
             request = with_results(request, (), (), is_last=True)
         while True:
-            async with aclosing(self._spoken(turn, request, story, tools)) as batches:
-                async for batch in batches:
-                    yield batch
-            async with aclosing(self._answered(story, tools)) as batches:
-                async for batch in batches:
+            spoken = self._spoken(turn, request, story, tools)
+            async with aclosing(
+                chained(spoken, self._answered(story, tools))
+            ) as round_:
+                async for batch in round_:
                     yield batch
             if not goes_on(story):
                 yield [story.last()]
