@@ -2204,20 +2204,23 @@ def _accepts_null(schema: JsonObject) -> bool:
     return "null" in types and schema.get("const") is None
 
 
+def _is_plain(schema: JsonObject) -> bool:
+    """Say whether null can simply stand among a schema's types."""
+    types = set(schema_types(schema))
+    return bool(types) and not types & {"object", "array"} and "const" not in schema
+
+
 def _nullable(schema: JsonObject) -> JsonObject:
     """Return a strict schema that takes null too."""
     if _accepts_null(schema):
         return schema
     if "anyOf" in schema:
         return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
-    types = schema_types(schema)
-    plain = types and not {"object", "array"} & set(types) and "const" not in schema
-    if not plain:
+    if not _is_plain(schema):
         return {"anyOf": [schema, {"type": "null"}]}
-    wider = {**schema, "type": list(dict.fromkeys([*types, "null"]))}
-    if "enum" in schema:
-        wider["enum"] = [*schema["enum"], *([] if None in schema["enum"] else [None])]
-    return wider
+    types = list(dict.fromkeys([*schema_types(schema), "null"]))
+    values = {"enum": [*as_list(schema.get("enum")), None]} if "enum" in schema else {}
+    return {**schema, "type": types, **values}
 
 
 def _resolved(root: JsonObject, ref: str) -> JsonObject | None:
@@ -2329,6 +2332,17 @@ _BESIDE_CHOICES = _DROPPED_WORDS | {"title", "description", "$defs", "definition
 _KNOWN_WORDS = _DROPPED_WORDS | _REBUILT_WORDS | frozenset(_KEPT_WORDS)
 
 
+def _told(schema: JsonObject) -> JsonObject:
+    return {word: schema[word] for word in ("title", "description") if word in schema}
+
+
+def _known_types(schema: JsonObject) -> set[str]:
+    types = set(schema_types(schema))
+    if not types or not types <= _TYPES:
+        raise _NotStrict("no type, or one that is none")
+    return types
+
+
 def _unknown_words(schema: JsonObject) -> list[str]:
     unknown = schema.keys() - _KNOWN_WORDS
     return [word for word in unknown if not word.startswith("x-")]
@@ -2363,9 +2377,7 @@ class _StrictWriter:
         if any(word in schema for word in _CHOICES):
             return self._choice(schema, depth)
         written = _kept_words(schema)
-        types = set(schema_types(written))
-        if not types or not types <= _TYPES:
-            raise _NotStrict("no type, or one that is none")
+        types = _known_types(written)
         if "object" in types:
             written |= self._closed(schema, depth)
         if "array" in types:
@@ -2384,12 +2396,9 @@ class _StrictWriter:
         word = next(word for word in _CHOICES if word in schema)
         beside = schema.keys() - {word} - _BESIDE_CHOICES
         written = [self.write(branch, depth + 1) for branch in as_list(schema[word])]
-        if beside or not written or len(written) > _CHOICES[word]:
+        if beside or not 0 < len(written) <= _CHOICES[word]:
             raise _NotStrict("alternatives beside something else")
-        if word == "allOf":
-            return written[0]
-        told = {w: schema[w] for w in ("title", "description") if w in schema}
-        return {**told, "anyOf": written}
+        return written[0] if word == "allOf" else {**_told(schema), "anyOf": written}
 
     def _closed(self, schema: JsonObject, depth: int) -> JsonObject:
         properties = as_object(schema.get("properties"))
@@ -2464,6 +2473,14 @@ def _branch(
     return next((b for b in reached if _fits(b, value)), reached[0])
 
 
+def _is_said(name: str, value: object, schema: JsonObject) -> bool:
+    """Say whether a property was meant: a null may stand for one that was not."""
+    is_optional = name not in as_list(schema.get("required"))
+    return value is not None or not (
+        is_optional and name in as_object(schema.get("properties"))
+    )
+
+
 def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
     """Return a value without the nulls that stand for what was left out."""
     chosen = _branch(schema, cast(object, value), root)
@@ -2472,11 +2489,11 @@ def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
         return [without_nulls(entry, items, root) for entry in listed]
     if not isinstance(value, dict):
         return value
-    properties, needed = as_object(chosen.get("properties")), chosen.get("required")
+    properties, entries = as_object(chosen.get("properties")), cast(JsonObject, value)
+    said = {n: entry for n, entry in entries.items() if _is_said(n, entry, chosen)}
     return {
         name: without_nulls(entry, as_object(properties.get(name)), root)
-        for name, entry in cast(JsonObject, value).items()
-        if entry is not None or name in as_list(needed) or name not in properties
+        for name, entry in said.items()
     }
 
 
@@ -2663,7 +2680,7 @@ def _python_objects(text: str) -> list[object]:
         value = ast.literal_eval(text) if len(text) <= _LITERAL_LIMIT else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return []
-    return [as_object(value)] if isinstance(value, dict) else []
+    return [cast(JsonObject, value)] if isinstance(value, dict) else []
 
 
 def _as_arguments(value: object, name: str) -> Arguments:
@@ -2674,6 +2691,12 @@ def _as_arguments(value: object, name: str) -> Arguments:
     return Arguments(
         {}, f"Error: the arguments of `{name}` must be a JSON object. Please try again."
     )
+
+
+def _calls_of(values: list[object]) -> list[object]:
+    """Return values as those of several calls, if each can be one's."""
+    is_mixed = not all(isinstance(value, dict) for value in values)
+    return [None] if is_mixed and len(values) > 1 else values
 
 
 def parse_arguments(text: str, name: str) -> list[Arguments]:
@@ -2688,8 +2711,7 @@ def parse_arguments(text: str, name: str) -> list[Arguments]:
             "Please try again."
         )
         return [Arguments({}, problem)]
-    is_mixed = len(values) > 1 and not all(isinstance(v, dict) for v in values)
-    return [_as_arguments(v, name) for v in ([None] if is_mixed else values)]
+    return [_as_arguments(value, name) for value in _calls_of(values)]
 
 
 def _planned_call(box: Toolbox, name: str, written: Arguments) -> Call:
@@ -2883,9 +2905,23 @@ def _shows_sources(metadata: JsonObject) -> bool:
     return abilities.get("citations", True) is not False
 
 
+def _pictures(images: Iterable[str]) -> list[JsonObject]:
+    return [
+        {"type": "input_image", "image_url": data, "detail": "auto"}
+        for data in images
+        if data.startswith(("data:", "https://"))
+    ]
+
+
 def _linked(files: Iterable[JsonObject]) -> tuple[JsonObject, ...]:
     """Return the files that a card links to: those that are stored."""
     return tuple(f for f in files if not as_text(f.get("url")).startswith("data:"))
+
+
+_STATUS: dict[bool, Literal["completed", "failed"]] = {
+    True: "failed",
+    False: "completed",
+}
 
 
 class _Finisher:
@@ -2922,13 +2958,13 @@ class _Finisher:
         )
         cited = await self._cite(host, call, text)
         whole = host.tool_result_content(text) or "(The tool returned nothing.)"
-        is_error = host._is_tool_result_error(whole)
+        status = _STATUS[bool(host._is_tool_result_error(whole))]
         shown = cut_text(whole, scene.valves.TOOL_RESULT_MAX_CHARS)
         kept = [*await self._file_of(call, whole, shown), *files]
         images = await self._images(host, kept)
         return Result(
             call,
-            "failed" if is_error else "completed",
+            status,
             shown,
             self._sent(shown + cited, [data for _, data in images]),
             _linked(kept),
@@ -3013,15 +3049,11 @@ class _Finisher:
         return url, as_text(as_object(part["image_url"]).get("url"))
 
     def _sent(self, text: str, images: list[str]) -> str | list[JsonObject]:
-        usable = [data for data in images if data.startswith(("data:", "https://"))]
-        if not usable:
+        pictures = _pictures(images)
+        if not pictures:
             return text
         if not self._scene.reads_images:
             return f"{text}\n\n[An image is shown to the user. You cannot see it.]"
-        pictures = [
-            {"type": "input_image", "image_url": data, "detail": "auto"}
-            for data in usable
-        ]
         return [{"type": "input_text", "text": text}, *pictures]
 
 
@@ -4386,11 +4418,14 @@ def _texts(closed: Iterable[Closed], kind: Kind) -> list[str]:
     return [text for text in texts if text]
 
 
+def _of_kind(closed: Iterable[Closed], kind: Kind) -> dict[str, JsonObject]:
+    return {c.item["call_id"]: c.item for c in closed if c.kind == kind}
+
+
 def _unanswered(closed: Sequence[Closed]) -> list[JsonObject]:
     """Return the calls that the caller has to make."""
-    answered = {c.item["call_id"] for c in closed if c.kind == "output"}
-    calls = [c.item for c in closed if c.kind == "function_call"]
-    return [tool_call(item) for item in calls if item["call_id"] not in answered]
+    calls, answers = _of_kind(closed, "function_call"), _of_kind(closed, "output")
+    return [tool_call(calls[call_id]) for call_id in calls if call_id not in answers]
 
 
 class Completion:
@@ -4618,17 +4653,23 @@ def rounds_so_far(messages: object) -> int:
     return rounds
 
 
-def _summed(before: JsonObject, now: JsonObject) -> JsonObject:
-    said = {key: value for key, value in now.items() if value is not None}
-    both = {key: _sum(before[key], said[key]) for key in before.keys() & said.keys()}
-    return {**now, **before, **said, **both}
+def without_none(values: JsonObject) -> JsonObject:
+    """Return an object without what is null."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _sum(old: Any, new: Any) -> Any:
+    """Return two values of a usage together; what is no number is the last one's."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return _summed(cast(JsonObject, old), cast(JsonObject, new))
-    numbers = [n for n in (as_number(old), as_number(new)) if n is not None]
+        before, now = cast(JsonObject, old), without_none(cast(JsonObject, new))
+        both = {key: _sum(before[key], now[key]) for key in before.keys() & now.keys()}
+        return {**cast(JsonObject, new), **before, **now, **both}
+    values: tuple[object, ...] = (old, new)
+    numbers = [n for n in map(as_number, values) if n is not None]
     return sum(numbers) if len(numbers) == 2 else new
+
+
+_ALIASES = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
 
 
 def summed_usage(
@@ -4641,14 +4682,9 @@ def summed_usage(
     """
     if before is None or now is None:
         return now if before is None else before
-    total = _summed(before, now)
-    for name, alias in (
-        ("input_tokens", "prompt_tokens"),
-        ("output_tokens", "completion_tokens"),
-    ):
-        if name in now:
-            total[alias] = now[name]
-    return total
+    total = as_object(_sum(before, now))
+    last = {alias: now.get(name) for name, alias in _ALIASES.items()}
+    return total | without_none(last)
 
 
 def runs_tools(turn: Turn) -> bool:
@@ -4705,6 +4741,9 @@ def offered_body(turn: Turn, card: ModelCard, box: Toolbox) -> JsonObject:
     if turn.caller is not Caller.TASK and not box.asks:  # nobody asks for hosted ones
         tools = _with_hosted(turn, card, tools)
     return {**turn.body, "tools": offered_tools(tools, strict=box.strict)}
+
+
+_BEYOND_LIMIT = "Error: the limit of tool calls is reached. Answer with what you have."
 
 
 class Transcript:
@@ -4798,19 +4837,10 @@ class Transcript:
         slot, call_id, name, text = output
         calls = planned_calls(self._box, slot, call_id, name, text)
         if self.is_last:
-            limit = (
-                "Error: the limit of tool calls is reached. Answer with what you have."
-            )
-            calls = [replace(c, problem=limit, verdict="answer") for c in calls[:1]]
+            calls = [Call(slot, call_id, name, {}, _BEYOND_LIMIT, "answer")]
+        first, *more = calls
+        calls = [first, *(replace(c, slot=self.relay.take_slot()) for c in more)]
         self.relay.call_ids.update(call.call_id for call in calls)
-        calls = [
-            (
-                call
-                if call.slot is not None
-                else replace(call, slot=self.relay.take_slot())
-            )
-            for call in calls
-        ]
         self.calls += calls
         return calls
 
@@ -4818,17 +4848,17 @@ class Transcript:
         """Return the items of calls whose arguments are not as they were written."""
         if len(calls) == 1 and not calls[0].is_mended:
             return []
-        shown: list[Output] = []
-        for call in calls:
-            slot = cast(int, call.slot)
-            old = self._items.get(slot)
-            item = call_item(call, "completed", old["id"] if old else new_id("fc"))
-            self._items[slot] = self._mended[slot] = item
-            self._split |= {slot} if len(calls) > 1 else set()
-            if old is None:
-                shown.append(Opened(slot, "function_call", item))
-            shown.append(Closed(slot, "function_call", item))
-        return shown
+        if len(calls) > 1:
+            self._split |= {cast(int, call.slot) for call in calls}
+        return [output for call in calls for output in self._mended_item(call)]
+
+    def _mended_item(self, call: Call) -> list[Output]:
+        slot = cast(int, call.slot)
+        old = self._items.get(slot)
+        item = call_item(call, "completed", old["id"] if old else new_id("fc"))
+        self._items[slot] = self._mended[slot] = item
+        closed = Closed(slot, "function_call", item)
+        return [closed] if old else [Opened(slot, "function_call", item), closed]
 
     def settle(self, result: Result) -> list[Output]:
         """Return what shows the result of a call."""
@@ -4840,6 +4870,10 @@ class Transcript:
             item = {**self._mended.get(slot, item), "status": result.status}
             shown.append(Closed(slot, "function_call", item))
         return [*shown, *whole_output(self.relay.take_slot(), result.shown)]
+
+    def settle_all(self, results: Iterable[Result]) -> list[Output]:
+        """Return what shows several results."""
+        return [output for result in results for output in self.settle(result)]
 
     def answers(self) -> list[Result]:
         """Return the results of the calls that nobody makes."""
@@ -4901,14 +4935,23 @@ class Transcript:
     def broken(self, error: PipeError) -> list[Output]:
         """Return the end of a turn that fails by a mistake of ours."""
         shown, _ = self.take(self.relay.fail(error) or [Failed(error)])
-        for result in [*map(interrupted, self._unsettled()), *self.unfinished()]:
-            shown += self.settle(result)
-        return [*shown, self.last()]
+        left = [*map(interrupted, self._unsettled()), *self.unfinished()]
+        return [*shown, *self.settle_all(left), self.last()]
 
     def _unsettled(self) -> list[Call]:
         """Return our calls that have no result yet."""
         ours = (call for call in self.calls if call.verdict != "leave")
         return [call for call in ours if call.call_id not in self._results]
+
+
+async def begun(
+    story: Transcript, tools: ToolRunner, outputs: list[Output]
+) -> list[Output]:
+    """Start the calls that are complete; return what is shown."""
+    shown, calls = story.take(outputs)
+    for call in calls:
+        await tools.start(call)
+    return shown
 
 
 def goes_on(story: Transcript) -> bool:
@@ -4927,6 +4970,14 @@ async def chained(
         async with aclosing(part) as batches:
             async for batch in batches:
                 yield batch
+
+
+async def more_of(answer: Answer, relay: Relay) -> list[Output]:
+    """Return the next outputs of a response, none when it has ended."""
+    outputs: list[Output] = []
+    while not outputs and not relay.finished:
+        outputs = _advanced(relay, await answer.read())
+    return outputs
 
 
 def tool_scene(turn: Turn, box: Toolbox, card: ModelCard) -> ToolScene:
@@ -4987,7 +5038,8 @@ class Conversation:
                 chained(spoken, self._answered(story, tools))
             ) as round_:
                 async for batch in round_:
-                    yield batch
+                    if batch:
+                        yield batch
             if not goes_on(story):
                 yield [story.last()]
                 return
@@ -5000,19 +5052,11 @@ class Conversation:
         try:
             answer, outputs = await self._begin(turn, request, story)
             with closing(answer):
-                while outputs or not story.relay.finished:
-                    shown, calls = story.take(outputs)
-                    for call in calls:
-                        await tools.start(call)
-                    if shown:
-                        yield await self._kept(turn, shown)
-                    if story.relay.finished:
-                        return
-                    outputs = _advanced(story.relay, await answer.read())
+                while outputs:
+                    yield await self._kept(turn, await begun(story, tools, outputs))
+                    outputs = await more_of(answer, story.relay)
         except PipeError as error:
-            shown, _ = story.take(story.relay.fail(error) or [Failed(error)])
-            if shown:
-                yield shown
+            yield story.take(story.relay.fail(error) or [Failed(error)])[0]
 
     async def _answered(
         self, story: Transcript, tools: ToolRunner
@@ -5021,12 +5065,9 @@ class Conversation:
         results = [*story.answers(), *story.unfinished()]
         if isinstance(story.end, Failed):
             results += await tools.interrupt()
-        while True:
-            if results:
-                yield [output for result in results for output in story.settle(result)]
-            results = await tools.next_results()
-            if not results:
-                return
+        yield story.settle_all(results)
+        while results := await tools.next_results():
+            yield story.settle_all(results)
 
     async def complete(self, turn: Turn) -> Completion:
         """Return a turn as a whole."""
