@@ -4664,7 +4664,7 @@ def _sum(old: Any, new: Any) -> Any:
         before, now = cast(JsonObject, old), without_none(cast(JsonObject, new))
         both = {key: _sum(before[key], now[key]) for key in before.keys() & now.keys()}
         return {**cast(JsonObject, new), **before, **now, **both}
-    values: tuple[object, ...] = (old, new)
+    values = cast("tuple[object, object]", (old, new))
     numbers = [n for n in map(as_number, values) if n is not None]
     return sum(numbers) if len(numbers) == 2 else new
 
