@@ -2246,20 +2246,23 @@ def _accepts_null(schema: JsonObject) -> bool:
     return "null" in types and schema.get("const") is None
 
 
+def _is_plain(schema: JsonObject) -> bool:
+    """Say whether null can simply stand among a schema's types."""
+    types = set(schema_types(schema))
+    return bool(types) and not types & {"object", "array"} and "const" not in schema
+
+
 def _nullable(schema: JsonObject) -> JsonObject:
     """Return a strict schema that takes null too."""
     if _accepts_null(schema):
         return schema
     if "anyOf" in schema:
         return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
-    types = schema_types(schema)
-    plain = types and not {"object", "array"} & set(types) and "const" not in schema
-    if not plain:
+    if not _is_plain(schema):
         return {"anyOf": [schema, {"type": "null"}]}
-    wider = {**schema, "type": list(dict.fromkeys([*types, "null"]))}
-    if "enum" in schema:
-        wider["enum"] = [*schema["enum"], *([] if None in schema["enum"] else [None])]
-    return wider
+    types = list(dict.fromkeys([*schema_types(schema), "null"]))
+    values = {"enum": [*as_list(schema.get("enum")), None]} if "enum" in schema else {}
+    return {**schema, "type": types, **values}
 
 
 def _resolved(root: JsonObject, ref: str) -> JsonObject | None:
@@ -2371,6 +2374,17 @@ _BESIDE_CHOICES = _DROPPED_WORDS | {"title", "description", "$defs", "definition
 _KNOWN_WORDS = _DROPPED_WORDS | _REBUILT_WORDS | frozenset(_KEPT_WORDS)
 
 
+def _told(schema: JsonObject) -> JsonObject:
+    return {word: schema[word] for word in ("title", "description") if word in schema}
+
+
+def _known_types(schema: JsonObject) -> set[str]:
+    types = set(schema_types(schema))
+    if not types or not types <= _TYPES:
+        raise _NotStrict("no type, or one that is none")
+    return types
+
+
 def _unknown_words(schema: JsonObject) -> list[str]:
     unknown = schema.keys() - _KNOWN_WORDS
     return [word for word in unknown if not word.startswith("x-")]
@@ -2405,9 +2419,7 @@ class _StrictWriter:
         if any(word in schema for word in _CHOICES):
             return self._choice(schema, depth)
         written = _kept_words(schema)
-        types = set(schema_types(written))
-        if not types or not types <= _TYPES:
-            raise _NotStrict("no type, or one that is none")
+        types = _known_types(written)
         if "object" in types:
             written |= self._closed(schema, depth)
         if "array" in types:
@@ -2426,12 +2438,9 @@ class _StrictWriter:
         word = next(word for word in _CHOICES if word in schema)
         beside = schema.keys() - {word} - _BESIDE_CHOICES
         written = [self.write(branch, depth + 1) for branch in as_list(schema[word])]
-        if beside or not written or len(written) > _CHOICES[word]:
+        if beside or not 0 < len(written) <= _CHOICES[word]:
             raise _NotStrict("alternatives beside something else")
-        if word == "allOf":
-            return written[0]
-        told = {w: schema[w] for w in ("title", "description") if w in schema}
-        return {**told, "anyOf": written}
+        return written[0] if word == "allOf" else {**_told(schema), "anyOf": written}
 
     def _closed(self, schema: JsonObject, depth: int) -> JsonObject:
         properties = as_object(schema.get("properties"))
@@ -2506,6 +2515,14 @@ def _branch(
     return next((b for b in reached if _fits(b, value)), reached[0])
 
 
+def _is_said(name: str, value: object, schema: JsonObject) -> bool:
+    """Say whether a property was meant: a null may stand for one that was not."""
+    is_optional = name not in as_list(schema.get("required"))
+    return value is not None or not (
+        is_optional and name in as_object(schema.get("properties"))
+    )
+
+
 def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
     """Return a value without the nulls that stand for what was left out."""
     chosen = _branch(schema, cast(object, value), root)
@@ -2514,11 +2531,11 @@ def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
         return [without_nulls(entry, items, root) for entry in listed]
     if not isinstance(value, dict):
         return value
-    properties, needed = as_object(chosen.get("properties")), chosen.get("required")
+    properties, entries = as_object(chosen.get("properties")), cast(JsonObject, value)
+    said = {n: entry for n, entry in entries.items() if _is_said(n, entry, chosen)}
     return {
         name: without_nulls(entry, as_object(properties.get(name)), root)
-        for name, entry in cast(JsonObject, value).items()
-        if entry is not None or name in as_list(needed) or name not in properties
+        for name, entry in said.items()
     }
 
 
@@ -2594,19 +2611,19 @@ def without_search(tools: Iterable[object]) -> list[object]:
     return [t for t, known in flat if known.get("name") not in _OPEN_WEBUI_SEARCH]
 
 
+_MOST_RESULTS = {"perplexity": 20}
+
+
 def search_tool(
     valves: SearchValves, card: ModelCard, effort: str, *, is_asked: bool
 ) -> JsonObject | None:
     """Return OpenRouter's web search, if this chat and this model get it."""
-    wanted = valves.ENABLE_WEB_SEARCH_TOOL
-    if wanted == "off" or (wanted == "when_asked" and not is_asked):
+    wanted = {"off": False, "when_asked": is_asked, "always": True}
+    is_refused = effort == "minimal" and card.id.startswith("openai/")
+    if is_refused or not wanted[valves.ENABLE_WEB_SEARCH_TOOL]:  # openrouter.md 7
         return None
-    if effort == "minimal" and card.id.startswith("openai/"):
-        return None  # refused upstream (openrouter.md 7)
     engine, most = valves.WEB_SEARCH_ENGINE, valves.WEB_SEARCH_MAX_RESULTS
-    parameters: JsonObject = {
-        "max_results": min(most, 20) if engine == "perplexity" else most
-    }
+    parameters: JsonObject = {"max_results": min(most, _MOST_RESULTS.get(engine, most))}
     if engine != "auto":
         parameters["engine"] = engine
     return {"type": "openrouter:web_search", "parameters": parameters}
@@ -2635,6 +2652,10 @@ def schema_of(entry: JsonObject | None) -> JsonObject:
     return as_object(as_object(as_object(entry).get("spec")).get("parameters"))
 
 
+# What a request has not where Open WebUI cannot take over.
+_LACKS = {True: "a person's approval", False: "the browser"}
+
+
 @dataclass(frozen=True, slots=True)
 class Toolbox:
     """The tools of one request, and who may run them. Nothing writes to it.
@@ -2658,8 +2679,7 @@ class Toolbox:
         if entry is None:
             return "answer", f'Error: Tool "{name}" not found.'
         if self.asks or not is_runnable(name, entry):
-            lacks = "a person's approval" if self.asks else "the browser"
-            return "answer", f"Error: {name} needs {lacks}, which this request has not."
+            return "answer", f"Error: {name} needs {_LACKS[self.asks]}. Do without it."
         return "run", ""
 
     def _is_others(self, name: str, entry: JsonObject | None) -> bool:
@@ -2696,14 +2716,13 @@ def _json_values(text: str) -> list[object] | None:
 _LITERAL_LIMIT = 100_000
 
 
-def _python_value(text: str) -> Any:
+def _python_objects(text: str) -> list[object]:
     """Return what some models write instead of JSON: `{'a': True}`."""
-    if len(text) > _LITERAL_LIMIT:
-        return None
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text) if len(text) <= _LITERAL_LIMIT else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
+        return []
+    return [cast(JsonObject, value)] if isinstance(value, dict) else []
 
 
 def _as_arguments(value: object, name: str) -> Arguments:
@@ -2716,24 +2735,25 @@ def _as_arguments(value: object, name: str) -> Arguments:
     )
 
 
+def _calls_of(values: list[object]) -> list[object]:
+    """Return values as those of several calls, if each can be one's."""
+    is_mixed = not all(isinstance(value, dict) for value in values)
+    return [None] if is_mixed and len(values) > 1 else values
+
+
 def parse_arguments(text: str, name: str) -> list[Arguments]:
     """Return the arguments of a call; several objects in a row are several calls."""
     text = text.strip()
     if not text:
         return [Arguments({})]
-    values = _json_values(text)
-    if values is None:
-        literal = _python_value(text)
-        if not isinstance(literal, dict):
-            problem = (
-                f"Error: the arguments of `{name}` are malformed or incomplete JSON. "
-                "Please try again."
-            )
-            return [Arguments({}, problem)]
-        values = [as_object(cast(object, literal))]
-    if len(values) > 1 and not all(isinstance(value, dict) for value in values):
-        values = [None]
-    return [_as_arguments(value, name) for value in values]
+    values = _json_values(text) or _python_objects(text)
+    if not values:
+        problem = (
+            f"Error: the arguments of `{name}` are malformed or incomplete JSON. "
+            "Please try again."
+        )
+        return [Arguments({}, problem)]
+    return [_as_arguments(value, name) for value in _calls_of(values)]
 
 
 def _planned_call(box: Toolbox, name: str, written: Arguments) -> Call:
@@ -2921,6 +2941,31 @@ class ToolScene:
     reads_images: bool = True
 
 
+def _shows_sources(metadata: JsonObject) -> bool:
+    info = as_object(as_object(metadata.get("model")).get("info"))
+    abilities = as_object(as_object(info.get("meta")).get("capabilities"))
+    return abilities.get("citations", True) is not False
+
+
+def _pictures(images: Iterable[str]) -> list[JsonObject]:
+    return [
+        {"type": "input_image", "image_url": data, "detail": "auto"}
+        for data in images
+        if data.startswith(("data:", "https://"))
+    ]
+
+
+def _linked(files: Iterable[JsonObject]) -> tuple[JsonObject, ...]:
+    """Return the files that a card links to: those that are stored."""
+    return tuple(f for f in files if not as_text(f.get("url")).startswith("data:"))
+
+
+_STATUS: dict[bool, Literal["completed", "failed"]] = {
+    True: "failed",
+    False: "completed",
+}
+
+
 class _Finisher:
     """Turn a tool's value into a result, by Open WebUI's own functions."""
 
@@ -2955,16 +3000,16 @@ class _Finisher:
         )
         cited = await self._cite(host, call, text)
         whole = host.tool_result_content(text) or "(The tool returned nothing.)"
-        is_error = host._is_tool_result_error(whole)
+        status = _STATUS[bool(host._is_tool_result_error(whole))]
         shown = cut_text(whole, scene.valves.TOOL_RESULT_MAX_CHARS)
         kept = [*await self._file_of(call, whole, shown), *files]
         images = await self._images(host, kept)
         return Result(
             call,
-            "failed" if is_error else "completed",
+            status,
             shown,
             self._sent(shown + cited, [data for _, data in images]),
-            tuple(f for f in kept if not as_text(f.get("url")).startswith("data:")),
+            _linked(kept),
             tuple(embeds),
             tuple(url for url, _ in images),
         )
@@ -2977,12 +3022,8 @@ class _Finisher:
     async def _cite(self, host: Any, call: Call, text: str) -> str:
         """Show the sources of a result; return how the model can cite them."""
         scene = self._scene
-        info = as_object(as_object(scene.metadata.get("model")).get("info"))
-        abilities = as_object(as_object(info.get("meta")).get("capabilities"))
-        emit = scene.emitter
-        if emit is None or abilities.get("citations", True) is False or not text:
-            return ""
-        if call.name not in host.CITATION_TOOL_NAMES:
+        emit = scene.emitter if _shows_sources(scene.metadata) else None
+        if emit is None or not text or call.name not in host.CITATION_TOOL_NAMES:
             return ""
         sources = host.get_citation_source_from_tool_result(
             tool_name=call.name,
@@ -3031,36 +3072,30 @@ class _Finisher:
         self, host: Any, files: list[JsonObject]
     ) -> list[tuple[str, str]]:
         """Return each image as the chat refers to it, and as the model reads it."""
+        urls = [as_text(f.get("url")) for f in files if f.get("type") == "image"]
+        return [await self._image(host, url) for url in urls if url]
+
+    async def _image(self, host: Any, url: str) -> tuple[str, str]:
         scene = self._scene
-        images: list[tuple[str, str]] = []
-        for url in (as_text(f.get("url")) for f in files if f.get("type") == "image"):
-            data = url
-            if url.startswith("data:"):
-                url = await host.store_tool_result_image(
-                    scene.request, url, scene.metadata, self._user
-                )
-            elif url:
-                part: JsonObject = {"type": "image_url", "image_url": {"url": url}}
-                message: JsonObject = {"role": "user", "content": [part]}
-                await host.convert_url_images_to_base64(
-                    {"messages": [message]}, user=self._user
-                )
-                (part,) = message["content"]
-                data = as_text(as_object(part["image_url"]).get("url"))
-            if url:
-                images.append((url, data))
-        return images
+        if url.startswith("data:"):
+            stored = await host.store_tool_result_image(
+                scene.request, url, scene.metadata, self._user
+            )
+            return as_text(stored), url
+        part: JsonObject = {"type": "image_url", "image_url": {"url": url}}
+        message: JsonObject = {"role": "user", "content": [part]}
+        await host.convert_url_images_to_base64(
+            {"messages": [message]}, user=self._user
+        )
+        (part,) = message["content"]
+        return url, as_text(as_object(part["image_url"]).get("url"))
 
     def _sent(self, text: str, images: list[str]) -> str | list[JsonObject]:
-        usable = [data for data in images if data.startswith(("data:", "https://"))]
-        if not usable:
+        pictures = _pictures(images)
+        if not pictures:
             return text
         if not self._scene.reads_images:
             return f"{text}\n\n[An image is shown to the user. You cannot see it.]"
-        pictures = [
-            {"type": "input_image", "image_url": data, "detail": "auto"}
-            for data in usable
-        ]
         return [{"type": "input_text", "text": text}, *pictures]
 
 
@@ -3104,10 +3139,17 @@ class ToolRunner:
     async def start(self, call: Call) -> None:
         """Start a call; when the line is full, wait until one of it is done."""
         most = self._scene.valves.MAX_PARALLEL_TOOLS_PER_REQUEST + _LINE
-        while sum(not task.done() for task in self._tasks) >= most:
-            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        while len(running := self._running()) >= most:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         task = asyncio.get_running_loop().create_task(self._in_turn(call))
         self._tasks[task] = call
+
+    def _running(self) -> list[asyncio.Task[Result]]:
+        return [task for task in self._tasks if not task.done()]
+
+    def _done(self) -> list[Result]:
+        done = [task for task in self._tasks if task.done()]
+        return [self._taken(task) for task in done]
 
     async def next_results(self) -> list[Result]:
         """Return the results that are there next; none means that all are in.
@@ -3125,20 +3167,18 @@ class ToolRunner:
             timeout=max(0.0, self._deadline - loop.time()),
             return_when=asyncio.FIRST_COMPLETED,
         )
-        done = [task for task in self._tasks if task.done()]
-        if done:
-            return [self._taken(task) for task in done]
-        late = list(self._tasks.values())
-        await self._cancel()
         text = f"Error: the tools of this round took longer than {seconds:g} seconds."
-        return [refused(call, text) for call in late]
+        return self._done() or [refused(c, text) for c in await self._cancelled()]
 
     async def interrupt(self) -> list[Result]:
         """End every call that runs; return what became of all of them."""
-        done = [self._taken(task) for task in list(self._tasks) if task.done()]
+        return [*self._done(), *map(interrupted, await self._cancelled())]
+
+    async def _cancelled(self) -> list[Call]:
+        """End every call that runs, and return them."""
         late = list(self._tasks.values())
         await self._cancel()
-        return [*done, *map(interrupted, late)]
+        return late
 
     def _taken(self, task: asyncio.Task[Result]) -> Result:
         call = self._tasks.pop(task)
@@ -3948,13 +3988,19 @@ class Relay:
         self._thinking = []
         outputs: list[Output] = []
         for state in self._order:
-            state.is_cut = not state.is_closed and not is_whole
-            if not state.is_closed:
-                outputs += self._close(state)
-            if state.kind == "function_call" and is_whole:
-                outputs += [] if state.is_kept else [self._kept(state)]
-                outputs += self._called(state)
+            outputs += self._closed_last(state, is_whole=is_whole)
+            outputs += self._called_last(state) if is_whole else []
         return outputs
+
+    def _closed_last(self, state: _Open, *, is_whole: bool) -> list[Output]:
+        state.is_cut = not is_whole and not state.is_closed
+        return [] if state.is_closed else self._close(state)
+
+    def _called_last(self, state: _Open) -> list[Output]:
+        """Return the call of an item whose own end never came."""
+        if state.kind != "function_call" or state.is_kept:
+            return []
+        return [self._kept(state), *self._called(state)]
 
     def _called(self, state: _Open) -> list[Output]:
         """Return the call of an item, once, when it is known what to call."""
@@ -4422,11 +4468,14 @@ def _texts(closed: Iterable[Closed], kind: Kind) -> list[str]:
     return [text for text in texts if text]
 
 
+def _of_kind(closed: Iterable[Closed], kind: Kind) -> dict[str, JsonObject]:
+    return {c.item["call_id"]: c.item for c in closed if c.kind == kind}
+
+
 def _unanswered(closed: Sequence[Closed]) -> list[JsonObject]:
     """Return the calls that the caller has to make."""
-    answered = {c.item["call_id"] for c in closed if c.kind == "output"}
-    calls = [c.item for c in closed if c.kind == "function_call"]
-    return [tool_call(item) for item in calls if item["call_id"] not in answered]
+    calls, answers = _of_kind(closed, "function_call"), _of_kind(closed, "output")
+    return [tool_call(calls[call_id]) for call_id in calls if call_id not in answers]
 
 
 class Completion:
@@ -4654,18 +4703,23 @@ def rounds_so_far(messages: object) -> int:
     return rounds
 
 
-def _summed(before: JsonObject, now: JsonObject) -> JsonObject:
-    total = {**before, **now}
-    for key in before.keys() & now.keys():
-        old, new = before[key], now[key]
-        numbers = as_number(old), as_number(new)
-        if isinstance(old, dict) and isinstance(new, dict):
-            total[key] = _summed(cast(JsonObject, old), cast(JsonObject, new))
-        elif numbers[0] is not None and numbers[1] is not None:
-            total[key] = numbers[0] + numbers[1]
-        elif new is None:
-            total[key] = old
-    return total
+def without_none(values: JsonObject) -> JsonObject:
+    """Return an object without what is null."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _sum(old: Any, new: Any) -> Any:
+    """Return two values of a usage together; what is no number is the last one's."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        before, now = cast(JsonObject, old), without_none(cast(JsonObject, new))
+        both = {key: _sum(before[key], now[key]) for key in before.keys() & now.keys()}
+        return {**cast(JsonObject, new), **before, **now, **both}
+    values = cast("tuple[object, object]", (old, new))
+    numbers = [n for n in map(as_number, values) if n is not None]
+    return sum(numbers) if len(numbers) == 2 else new
+
+
+_ALIASES = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
 
 
 def summed_usage(
@@ -4678,14 +4732,9 @@ def summed_usage(
     """
     if before is None or now is None:
         return now if before is None else before
-    total = _summed(before, now)
-    for name, alias in (
-        ("input_tokens", "prompt_tokens"),
-        ("output_tokens", "completion_tokens"),
-    ):
-        if name in now:
-            total[alias] = now[name]
-    return total
+    total = as_object(_sum(before, now))
+    last = {alias: now.get(name) for name, alias in _ALIASES.items()}
+    return total | without_none(last)
 
 
 def runs_tools(turn: Turn) -> bool:
@@ -4744,6 +4793,9 @@ def offered_body(turn: Turn, card: ModelCard, box: Toolbox) -> JsonObject:
     return {**turn.body, "tools": offered_tools(tools, strict=box.strict)}
 
 
+_BEYOND_LIMIT = "Error: the limit of tool calls is reached. Answer with what you have."
+
+
 class Transcript:
     """What a turn has said, called and learnt so far, over all of its rounds."""
 
@@ -4798,26 +4850,32 @@ class Transcript:
         shown: list[Output] = []
         started: list[Call] = []
         for output in outputs:
-            match output:
-                case Finished() | Failed():
-                    self.end = output
-                    self.usage = summed_usage(self.usage, output.usage)
-                case Keep(None, item):
-                    self._unseen.append(item)
-                case Keep(slot, item) if slot is not None:
-                    self._kept[slot] = item
-                case CallTool():
-                    calls = self._planned(output)
-                    started += [call for call in calls if call.verdict == "run"]
-                    shown += self._mended_items(calls)
-                case Opened(slot, "function_call", item):
-                    self._items[slot] = item
-                    shown.append(output)
-                case Closed(slot, "function_call", item):
-                    shown += self._closed_call(slot, item)
-                case _:
-                    shown.append(output)
+            if isinstance(output, CallTool):
+                calls = self._planned(output)
+                started += [call for call in calls if call.verdict == "run"]
+                shown += self._mended_items(calls)
+            else:
+                shown += self._noted(output)
         return shown, started
+
+    def _noted(self, output: Output) -> list[Output]:
+        """Take note of an output; return what of it is shown."""
+        match output:
+            case Finished() | Failed():
+                self.end = output
+                self.usage = summed_usage(self.usage, output.usage)
+            case Keep(None, item):
+                self._unseen.append(item)
+            case Keep(int(slot), item):
+                self._kept[slot] = item
+            case Opened(slot, "function_call", item):
+                self._items[slot] = item
+                return [output]
+            case Closed(slot, "function_call", item):
+                return self._closed_call(slot, item)
+            case _:
+                return [output]
+        return []
 
     def _closed_call(self, slot: int, item: JsonObject) -> list[Output]:
         self._items[slot] = item
@@ -4829,19 +4887,10 @@ class Transcript:
         slot, call_id, name, text = output
         calls = planned_calls(self._box, slot, call_id, name, text)
         if self.is_last:
-            limit = (
-                "Error: the limit of tool calls is reached. Answer with what you have."
-            )
-            calls = [replace(c, problem=limit, verdict="answer") for c in calls[:1]]
+            calls = [Call(slot, call_id, name, {}, _BEYOND_LIMIT, "answer")]
+        first, *more = calls
+        calls = [first, *(replace(c, slot=self.relay.take_slot()) for c in more)]
         self.relay.call_ids.update(call.call_id for call in calls)
-        calls = [
-            (
-                call
-                if call.slot is not None
-                else replace(call, slot=self.relay.take_slot())
-            )
-            for call in calls
-        ]
         self.calls += calls
         return calls
 
@@ -4849,17 +4898,17 @@ class Transcript:
         """Return the items of calls whose arguments are not as they were written."""
         if len(calls) == 1 and not calls[0].is_mended:
             return []
-        shown: list[Output] = []
-        for call in calls:
-            slot = cast(int, call.slot)
-            old = self._items.get(slot)
-            item = call_item(call, "completed", old["id"] if old else new_id("fc"))
-            self._items[slot] = self._mended[slot] = item
-            self._split |= {slot} if len(calls) > 1 else set()
-            if old is None:
-                shown.append(Opened(slot, "function_call", item))
-            shown.append(Closed(slot, "function_call", item))
-        return shown
+        if len(calls) > 1:
+            self._split |= {cast(int, call.slot) for call in calls}
+        return [output for call in calls for output in self._mended_item(call)]
+
+    def _mended_item(self, call: Call) -> list[Output]:
+        slot = cast(int, call.slot)
+        old = self._items.get(slot)
+        item = call_item(call, "completed", old["id"] if old else new_id("fc"))
+        self._items[slot] = self._mended[slot] = item
+        closed = Closed(slot, "function_call", item)
+        return [closed] if old else [Opened(slot, "function_call", item), closed]
 
     def settle(self, result: Result) -> list[Output]:
         """Return what shows the result of a call."""
@@ -4872,12 +4921,16 @@ class Transcript:
             shown.append(Closed(slot, "function_call", item))
         return [*shown, *whole_output(self.relay.take_slot(), result.shown)]
 
+    def settle_all(self, results: Iterable[Result]) -> list[Output]:
+        """Return what shows several results."""
+        return [output for result in results for output in self.settle(result)]
+
     def answers(self) -> list[Result]:
         """Return the results of the calls that nobody makes."""
         return [
             refused(call, call.problem)
-            for call in self.calls
-            if call.verdict == "answer" and call.call_id not in self._results
+            for call in self._unsettled()
+            if call.verdict == "answer"
         ]
 
     def unfinished(self) -> list[Result]:
@@ -4910,36 +4963,71 @@ class Transcript:
     def last(self) -> Output:
         """Return the turn's last output, with the usage of all rounds."""
         end = self.end._replace(usage=self.usage)
-        if not isinstance(end, Finished) or self.has_left_calls:
+        if self.has_left_calls or not self.is_after_calls:
             return end
-        if self.calls and end.reason == "tool_calls":
-            said = any(item.get("type") == "message" for item in self._kept.values())
-            return end._replace(reason="stop", remark=None if said else ToolLimit())
-        return end
+        said = any(item.get("type") == "message" for item in self._kept.values())
+        remark = None if said else ToolLimit()
+        return Finished(self.usage, "", "stop", remark)
+
+    @property
+    def is_after_calls(self) -> bool:
+        """Say whether the round ended well, and with calls."""
+        if not isinstance(self.end, Finished) or not self.calls:
+            return False
+        return self.end.reason == "tool_calls"
+
+    @property
+    def is_empty(self) -> bool:
+        """Say whether the model had nothing to say upon the results of tools."""
+        remark = self.end.remark if isinstance(self.end, Finished) else None
+        return self.follows_tools and isinstance(remark, NoAnswer)
 
     def broken(self, error: PipeError) -> list[Output]:
         """Return the end of a turn that fails by a mistake of ours."""
         shown, _ = self.take(self.relay.fail(error) or [Failed(error)])
-        called = {c.slot for c in self.calls if c.call_id in self._results}
-        open_calls = [
-            interrupted(c)
-            for c in self.calls
-            if c.verdict != "leave" and c.slot not in called
-        ]
-        for result in [*open_calls, *self.unfinished()]:
-            shown += self.settle(result)
-        return [*shown, self.last()]
+        left = [*map(interrupted, self._unsettled()), *self.unfinished()]
+        return [*shown, *self.settle_all(left), self.last()]
+
+    def _unsettled(self) -> list[Call]:
+        """Return our calls that have no result yet."""
+        ours = (call for call in self.calls if call.verdict != "leave")
+        return [call for call in ours if call.call_id not in self._results]
+
+
+async def begun(
+    story: Transcript, tools: ToolRunner, outputs: list[Output]
+) -> list[Output]:
+    """Start the calls that are complete; return what is shown."""
+    shown, calls = story.take(outputs)
+    for call in calls:
+        await tools.start(call)
+    return shown
 
 
 def goes_on(story: Transcript) -> bool:
     """Say whether the model is to speak again in this turn."""
-    end = story.end
-    if not isinstance(end, Finished) or story.has_left_calls:
-        return False
-    if story.calls:
-        return end.reason == "tool_calls" and not story.is_last
-    is_empty = isinstance(end.remark, NoAnswer)
-    return is_empty and story.follows_tools and not story.has_asked_again
+    if story.is_empty:
+        return not story.has_asked_again
+    may_go_on = story.is_after_calls and not story.is_last
+    return may_go_on and not story.has_left_calls
+
+
+async def chained(
+    *parts: AsyncGenerator[list[Output], None],
+) -> AsyncGenerator[list[Output], None]:
+    """Yield what one part yields after the other."""
+    for part in parts:
+        async with aclosing(part) as batches:
+            async for batch in batches:
+                yield batch
+
+
+async def more_of(answer: Answer, relay: Relay) -> list[Output]:
+    """Return the next outputs of a response, none when it has ended."""
+    outputs: list[Output] = []
+    while not outputs and not relay.finished:
+        outputs = _advanced(relay, await answer.read())
+    return outputs
 
 
 def tool_scene(turn: Turn, box: Toolbox, card: ModelCard) -> ToolScene:
@@ -4995,12 +5083,13 @@ class Conversation:
         if story.is_last and "tools" in request:
             request = with_results(request, (), (), is_last=True)
         while True:
-            async with aclosing(self._spoken(turn, request, story, tools)) as batches:
-                async for batch in batches:
-                    yield batch
-            async with aclosing(self._answered(story, tools)) as batches:
-                async for batch in batches:
-                    yield batch
+            spoken = self._spoken(turn, request, story, tools)
+            async with aclosing(
+                chained(spoken, self._answered(story, tools))
+            ) as round_:
+                async for batch in round_:
+                    if batch:
+                        yield batch
             if not goes_on(story):
                 yield [story.last()]
                 return
@@ -5013,19 +5102,11 @@ class Conversation:
         try:
             answer, outputs = await self._begin(turn, request, story)
             with closing(answer):
-                while outputs or not story.relay.finished:
-                    shown, calls = story.take(outputs)
-                    for call in calls:
-                        await tools.start(call)
-                    if shown:
-                        yield await self._kept(turn, shown)
-                    if story.relay.finished:
-                        return
-                    outputs = _advanced(story.relay, await answer.read())
+                while outputs:
+                    yield await self._kept(turn, await begun(story, tools, outputs))
+                    outputs = await more_of(answer, story.relay)
         except PipeError as error:
-            shown, _ = story.take(story.relay.fail(error) or [Failed(error)])
-            if shown:
-                yield shown
+            yield story.take(story.relay.fail(error) or [Failed(error)])[0]
 
     async def _answered(
         self, story: Transcript, tools: ToolRunner
@@ -5034,12 +5115,9 @@ class Conversation:
         results = [*story.answers(), *story.unfinished()]
         if isinstance(story.end, Failed):
             results += await tools.interrupt()
-        while True:
-            if results:
-                yield [output for result in results for output in story.settle(result)]
-            results = await tools.next_results()
-            if not results:
-                return
+        yield story.settle_all(results)
+        while results := await tools.next_results():
+            yield story.settle_all(results)
 
     async def complete(self, turn: Turn) -> Completion:
         """Return a turn as a whole."""

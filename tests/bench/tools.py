@@ -81,6 +81,7 @@ async def _overhead(options: Options) -> list[Row]:
             none = await _cpu_ms(loaded, simulator, valves, 0)
             many = await _cpu_ms(loaded, simulator, valves, rounds)
             costs.append((many - none) / rounds)
+        await loaded.pipe._runtime.aclose()
     return [
         at_most("a round of eight calls", "median CPU ms", median(costs[1:]), ROUND_MS)
     ]
