@@ -4703,11 +4703,6 @@ def rounds_so_far(messages: object) -> int:
     return rounds
 
 
-def without_none(values: JsonObject) -> JsonObject:
-    """Return an object without what is null."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
 def _sum(old: Any, new: Any) -> Any:
     """Return two values of a usage together; what is no number is the last one's."""
     if isinstance(old, dict) and isinstance(new, dict):
