@@ -799,7 +799,7 @@ class NotAnswered(ConnectionLost):
     """The connection ended behind the request, so it may have been accepted."""
 
     happened = "The connection to OpenRouter was lost before an answer came."
-    advice = "Send the message again; the lost request may have been charged."
+    advice = "Regenerate the reply; the lost request may have been charged."
 
 
 class TimedOut(Unreachable):

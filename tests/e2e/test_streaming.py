@@ -239,6 +239,7 @@ def test_stop_closes_the_connection_within_a_second(
 def test_stop_keeps_the_partial_answer(
     admin: Account, simulator: Simulator, webui: OpenWebUI
 ) -> None:
+    idle = webui.connections_to(simulator.port)  # kept by chats before
     with admin.listen() as tab:
         turn = started(admin, tab)
         admin.stop_chat(turn)
@@ -252,7 +253,7 @@ def test_stop_keeps_the_partial_answer(
     assert not stopped.card
     assert simulator.posts[-1].items[1]["content"].split() == words
     assert later.text
-    assert webui.connections_to(simulator.port) <= 2
+    assert webui.connections_to(simulator.port) <= max(idle, 2)
 
 
 def test_stop_before_the_first_event_leaves_an_empty_answer(
