@@ -2274,9 +2274,6 @@ def _resolved(root: JsonObject, ref: str) -> JsonObject | None:
     return cast(JsonObject, place) if isinstance(place, dict) else None
 
 
-Verdict = Literal["run", "leave", "answer"]
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call to make or to leave.
@@ -2292,6 +2289,9 @@ class Call:
     problem: str = ""
     verdict: Verdict = "leave"
     is_mended: bool = False
+
+
+# Results
 
 
 class Result(NamedTuple):
@@ -2539,6 +2539,9 @@ def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
     }
 
 
+# What is offered
+
+
 def flat_tool(entry: object) -> JsonObject | None:
     """Return a tool in the flat shape of /responses, always with `parameters`."""
     tool = as_object(entry)
@@ -2614,13 +2617,17 @@ def without_search(tools: Iterable[object]) -> list[object]:
 _MOST_RESULTS = {"perplexity": 20}
 
 
+def _refuses_search(card: ModelCard, effort: str) -> bool:
+    """Say whether the provider takes no search with an effort (openrouter.md 7)."""
+    return effort == "minimal" and card.id.startswith("openai/")
+
+
 def search_tool(
     valves: SearchValves, card: ModelCard, effort: str, *, is_asked: bool
 ) -> JsonObject | None:
     """Return OpenRouter's web search, if this chat and this model get it."""
     wanted = {"off": False, "when_asked": is_asked, "always": True}
-    is_refused = effort == "minimal" and card.id.startswith("openai/")
-    if is_refused or not wanted[valves.ENABLE_WEB_SEARCH_TOOL]:  # openrouter.md 7
+    if not wanted[valves.ENABLE_WEB_SEARCH_TOOL] or _refuses_search(card, effort):
         return None
     engine, most = valves.WEB_SEARCH_ENGINE, valves.WEB_SEARCH_MAX_RESULTS
     parameters: JsonObject = {"max_results": min(most, _MOST_RESULTS.get(engine, most))}
@@ -2629,6 +2636,10 @@ def search_tool(
     return {"type": "openrouter:web_search", "parameters": parameters}
 
 
+# Who runs a call
+
+Verdict = Literal["run", "leave", "answer"]
+
 # Open WebUI has to pause, ask or dispatch for these itself (open-webui.md 6).
 _HOST_ONLY = frozenset({"ask_user", "delegate_task", "call_tool"})
 
@@ -2636,15 +2647,16 @@ _HOST_ONLY = frozenset({"ask_user", "delegate_task", "call_tool"})
 _RUNNABLE_TYPES = frozenset({"", "action", "builtin", "external", "mcp"})
 
 
+def _is_known_kind(entry: JsonObject) -> bool:
+    is_terminal = as_text(entry.get("tool_id")).startswith("terminal:")
+    is_here = not entry.get("direct") and not is_terminal
+    return is_here and as_text(entry.get("type")) in _RUNNABLE_TYPES
+
+
 def is_runnable(name: str, entry: JsonObject) -> bool:
     """Say whether calling an entry of `__tools__` is all that it takes."""
-    return (
-        name not in _HOST_ONLY
-        and callable(entry.get("callable"))
-        and not entry.get("direct")
-        and as_text(entry.get("type")) in _RUNNABLE_TYPES
-        and not as_text(entry.get("tool_id")).startswith("terminal:")
-    )
+    is_ours = name not in _HOST_ONLY and _is_known_kind(entry)
+    return is_ours and callable(entry.get("callable"))
 
 
 def schema_of(entry: JsonObject | None) -> JsonObject:
@@ -2690,6 +2702,9 @@ class Toolbox:
     def schema(self, name: str) -> JsonObject:
         """Return the schema by which nulls are told from values, in strict mode."""
         return schema_of(self.entries.get(name)) if self.strict else {}
+
+
+# Arguments
 
 
 class Arguments(NamedTuple):
@@ -2820,6 +2835,8 @@ def bounded_results(items: Iterable[JsonObject], limit: int) -> list[JsonObject]
         for item in items
     ]
 
+
+# Running
 
 # Words of a name that say that a call changes something.
 _WRITING = re.compile(
