@@ -2274,6 +2274,12 @@ def _resolved(root: JsonObject, ref: str) -> JsonObject | None:
     return cast(JsonObject, place) if isinstance(place, dict) else None
 
 
+# Results
+
+
+Verdict = Literal["run", "leave", "answer"]
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call to make or to leave.
@@ -2289,9 +2295,6 @@ class Call:
     problem: str = ""
     verdict: Verdict = "leave"
     is_mended: bool = False
-
-
-# Results
 
 
 class Result(NamedTuple):
@@ -2637,8 +2640,6 @@ def search_tool(
 
 
 # Who runs a call
-
-Verdict = Literal["run", "leave", "answer"]
 
 # Open WebUI has to pause, ask or dispatch for these itself (open-webui.md 6).
 _HOST_ONLY = frozenset({"ask_user", "delegate_task", "call_tool"})
