@@ -2274,73 +2274,6 @@ def _resolved(root: JsonObject, ref: str) -> JsonObject | None:
     return cast(JsonObject, place) if isinstance(place, dict) else None
 
 
-# Results
-
-
-Verdict = Literal["run", "leave", "answer"]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call to make or to leave.
-
-    `slot` is None for a call that was split off another; `is_mended` says that the
-    arguments are not as the model wrote them.
-    """
-
-    slot: int | None
-    call_id: str
-    name: str
-    arguments: JsonObject
-    problem: str = ""
-    verdict: Verdict = "leave"
-    is_mended: bool = False
-
-
-class Result(NamedTuple):
-    """What became of a call: what the chat shows, and what the model reads."""
-
-    call: Call
-    status: Literal["completed", "failed", "incomplete"]
-    text: str
-    sent: str | list[JsonObject]
-    files: tuple[JsonObject, ...] = ()
-    embeds: tuple[Any, ...] = ()
-    images: tuple[str, ...] = ()
-    note: str = ""
-
-    @property
-    def shown(self) -> JsonObject:
-        """Return the item that Open WebUI's own loop would have left."""
-        pictures = [{"type": "input_image", "image_url": url} for url in self.images]
-        item: JsonObject = {
-            "type": "function_call_output",
-            "id": new_id("fco"),
-            "call_id": self.call.call_id,
-            "output": [{"type": "input_text", "text": self.text}, *pictures],
-            "status": self.status,
-        }
-        if self.files:
-            item["files"] = list(self.files)
-        if self.embeds:
-            item["embeds"] = list(self.embeds)
-        return item
-
-    @property
-    def item(self) -> JsonObject:
-        """Return the item that the model reads."""
-        return {
-            "type": "function_call_output",
-            "call_id": self.call.call_id,
-            "output": self.sent,
-        }
-
-
-def refused(call: Call, text: str, note: str = "") -> Result:
-    """Return the result of a call that was not made, or not to its end."""
-    return Result(call, "failed", text, text, note=note)
-
-
 def _is_kept(word: str, value: object) -> bool:
     """Say whether strict mode takes a word; without it a schema only allows more."""
     refused = {
@@ -2641,6 +2574,8 @@ def search_tool(
 
 # Who runs a call
 
+Verdict = Literal["run", "leave", "answer"]
+
 # Open WebUI has to pause, ask or dispatch for these itself (open-webui.md 6).
 _HOST_ONLY = frozenset({"ask_user", "delegate_task", "call_tool"})
 
@@ -2772,6 +2707,23 @@ def parse_arguments(text: str, name: str) -> list[Arguments]:
     return [_as_arguments(value, name) for value in _calls_of(values)]
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call to make or to leave.
+
+    `slot` is None for a call that was split off another; `is_mended` says that the
+    arguments are not as the model wrote them.
+    """
+
+    slot: int | None
+    call_id: str
+    name: str
+    arguments: JsonObject
+    problem: str = ""
+    verdict: Verdict = "leave"
+    is_mended: bool = False
+
+
 def _planned_call(box: Toolbox, name: str, written: Arguments) -> Call:
     verdict, problem = box.judge(name)
     schema = box.schema(name)
@@ -2804,6 +2756,53 @@ def call_item(call: Call, status: str, item_id: str) -> JsonObject:
         "name": call.name,
         "arguments": json.dumps(call.arguments, ensure_ascii=False),
     }
+
+
+# Results
+
+
+class Result(NamedTuple):
+    """What became of a call: what the chat shows, and what the model reads."""
+
+    call: Call
+    status: Literal["completed", "failed", "incomplete"]
+    text: str
+    sent: str | list[JsonObject]
+    files: tuple[JsonObject, ...] = ()
+    embeds: tuple[Any, ...] = ()
+    images: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def shown(self) -> JsonObject:
+        """Return the item that Open WebUI's own loop would have left."""
+        pictures = [{"type": "input_image", "image_url": url} for url in self.images]
+        item: JsonObject = {
+            "type": "function_call_output",
+            "id": new_id("fco"),
+            "call_id": self.call.call_id,
+            "output": [{"type": "input_text", "text": self.text}, *pictures],
+            "status": self.status,
+        }
+        if self.files:
+            item["files"] = list(self.files)
+        if self.embeds:
+            item["embeds"] = list(self.embeds)
+        return item
+
+    @property
+    def item(self) -> JsonObject:
+        """Return the item that the model reads."""
+        return {
+            "type": "function_call_output",
+            "call_id": self.call.call_id,
+            "output": self.sent,
+        }
+
+
+def refused(call: Call, text: str, note: str = "") -> Result:
+    """Return the result of a call that was not made, or not to its end."""
+    return Result(call, "failed", text, text, note=note)
 
 
 def interrupted(call: Call) -> Result:
