@@ -58,13 +58,18 @@ def measure(options: Options) -> list[Row]:
             {
                 "lines": source.count(b"\n"),
                 "KB": len(source) / 1_000,
-                "MB that stay": median([each[2] for each in pairs]),
+                "MB while it is compiled": median([each[1] for each in pairs]),
             },
         ),
         at_most(
             "time to load", "median ms", median([each[0] for each in pairs]), BUDGET_MS
         ),
-        at_most("memory", "median MB", median([each[1] for each in pairs]), BUDGET_MB),
+        at_most(
+            "memory that stays",
+            "median MB",
+            median([each[2] for each in pairs]),
+            BUDGET_MB,
+        ),
     ]
 
 
