@@ -4,6 +4,7 @@ description: Every OpenRouter model in Open WebUI, through the Responses API.
 version: 0.1.0
 license: MIT
 required_open_webui_version: 0.12.0
+requirements: python-ulid, lz4
 
     Each section uses only sections above it; its `Uses` line says which.
 
@@ -14,6 +15,8 @@ required_open_webui_version: 0.12.0
     05 Guards        places in an orderly line, and rest for what fails
     07 Gateway       the only user of the HTTP library
     08 Catalog       OpenRouter's models: parsed, chosen, kept fresh
+    09 Artifacts     what a provider wants back verbatim: markers, and sealed rows
+    10 Stores        our table, a journal in Redis before it, and their upkeep
     11 Media         images that a model makes become Open WebUI files
     12 Input         chat messages become Responses input
     13 Tools         offered, judged, run in parallel, shown as the host does
@@ -35,6 +38,7 @@ import asyncio
 import base64
 import codecs
 import difflib
+import hashlib
 import inspect
 import io
 import json
@@ -88,6 +92,30 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    TableClause,
+    Text,
+    column,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    table,
+    update,
+)
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.schema import CreateIndex, CreateTable
 from starlette.responses import StreamingResponse
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from tenacity.stop import stop_after_attempt
@@ -96,6 +124,13 @@ try:  # Open WebUI brings it, and has not always done so
     from orjson import loads as _fast_loads
 except ImportError:
     _fast_loads = json.loads
+
+try:
+    from ulid import ULID
+except ImportError as _error:  # Open WebUI installs it, unless it was told not to
+    raise ImportError(
+        "The OpenRouter pipe needs a package: pip install python-ulid"
+    ) from _error
 
 JsonObject = dict[str, Any]
 
@@ -474,6 +509,84 @@ class SearchValves(Valves):
     )
 
 
+Persistence = Literal["disabled", "next_reply", "conversation"]
+
+
+class StorageValves(Valves):
+    """What is kept so that a model can go on where it stopped."""
+
+    PERSIST_REASONING_TOKENS: Persistence = Field(
+        default="conversation",
+        description="How long a model's encrypted reasoning is kept and sent back to "
+        "it: not at all, until its next reply, or for the conversation. Users may "
+        "choose less.",
+    )
+    PERSIST_TOOL_RESULTS: bool = Field(
+        default=True,
+        description="Keep the results of tools that OpenRouter runs, for the requests "
+        "that need them again. Users may choose not to.",
+    )
+    ARTIFACT_ENCRYPTION_KEY: Secret = Field(
+        default=Secret(""),
+        description="A passphrase that encrypts what is kept, together with "
+        "WEBUI_SECRET_KEY. To change it, put the new one first and leave the old ones "
+        "behind it, separated by commas.",
+        json_schema_extra={"input": {"type": "password"}},
+    )
+    ENCRYPT_ALL: bool = Field(
+        default=True,
+        description="Encrypt tool results too. Reasoning is always encrypted.",
+    )
+    MIN_COMPRESS_BYTES: int = Field(
+        default=4096,
+        ge=0,
+        le=1_073_741_824,
+        description="Compress what is larger than this, where it gets smaller.",
+    )
+    ARTIFACT_CLEANUP_DAYS: int = Field(
+        default=90,
+        ge=0,
+        le=36_500,
+        description="Days after which something that no chat has used is removed; 0 "
+        "keeps it as long as a chat shows it.",
+    )
+    ARTIFACT_CLEANUP_INTERVAL_HOURS: float = Field(
+        default=24, gt=0, le=8760, description="How often that is looked for."
+    )
+
+
+class CacheValves(Valves):
+    """How Open WebUI's Redis is used, where it has one."""
+
+    ENABLE_REDIS_CACHE: bool = Field(
+        default=True,
+        description="Write through Redis where Open WebUI has one: faster ends of "
+        "turns, and other workers see what was written at once.",
+    )
+    REDIS_CACHE_TTL_SECONDS: int = Field(
+        default=600,
+        ge=1,
+        le=604_800,
+        description="How long recent rows stay in Redis, as encrypted as in the table.",
+    )
+    DB_BATCH_SIZE: int = Field(
+        default=50,
+        ge=1,
+        le=1000,
+        description="Rows that are written from Redis to the database at once.",
+    )
+    COSTS_REDIS_DUMP: bool = Field(
+        default=False,
+        description="Write one record per turn to Redis: user, model, tokens, cost.",
+    )
+    COSTS_REDIS_TTL_SECONDS: int = Field(
+        default=86_400,
+        ge=1,
+        le=31_536_000,
+        description="How long such a record stays.",
+    )
+
+
 class TaskValves(Valves):
     """Titles, tags, follow-ups and search queries."""
 
@@ -513,6 +626,19 @@ class UserSettings(Valves):
         default="default", description="Who searches. `default`: as the admin set it."
     )
 
+    PERSIST_REASONING_TOKENS: Literal[
+        "default", "disabled", "next_reply", "conversation"
+    ] = Field(
+        default="default",
+        description="How long a model's encrypted reasoning is kept and sent back to "
+        "it. `default` is as the admin set it; no choice keeps more than that.",
+    )
+    PERSIST_TOOL_RESULTS: Literal["default", "on", "off"] = Field(
+        default="default",
+        description="Keep the results of tools that OpenRouter runs. `default` is as "
+        "the admin set it; `on` needs the admin's consent.",
+    )
+
     @classmethod
     def read(cls, chosen: object) -> JsonObject:
         """Return what a user chose, from an instance of any load of this class."""
@@ -524,12 +650,17 @@ class UserSettings(Valves):
         }
 
 
+_PERSISTENCE: tuple[Persistence, ...] = ("disabled", "next_reply", "conversation")
+
+
 class Settings(
     LogValves,
     TaskValves,
     SearchValves,
     ToolValves,
     StreamValves,
+    CacheValves,
+    StorageValves,
     CatalogValves,
     ConnectionValves,
 ):
@@ -540,6 +671,15 @@ class Settings(
         choices = UserSettings.read(chosen)
         if self.ENABLE_WEB_SEARCH_TOOL == "off":
             choices.pop("ENABLE_WEB_SEARCH_TOOL", None)
+        if not self.PERSIST_TOOL_RESULTS:
+            choices.pop("PERSIST_TOOL_RESULTS", None)
+        bounds = (
+            self.PERSIST_REASONING_TOKENS,
+            choices.pop("PERSIST_REASONING_TOKENS", "conversation"),
+        )
+        kept = min(bounds, key=lambda each: (*_PERSISTENCE, each).index(each))
+        if kept != self.PERSIST_REASONING_TOKENS:
+            choices["PERSIST_REASONING_TOKENS"] = kept
         if not choices:
             return self
         try:
@@ -1878,6 +2018,1270 @@ class Catalog:
 # endregion
 
 
+# region 09 Artifacts ──────────────────────────────────────────────────────────────────
+# What a provider wants back verbatim: a marker in the chat, a sealed row elsewhere.
+# Uses: 01 02. Pure.
+
+try:
+    from lz4.block import LZ4BlockError as _LZ4Error
+    from lz4.block import compress as lz4_compress
+    from lz4.block import decompress as _lz4_decompress
+except ImportError:  # compression alone is off, and `ArtifactCodec` says so
+    lz4_compress = _lz4_decompress = None
+    _LZ4Error = ValueError
+
+_MARKER_TYPE = "openrouter_pipe.artifact"
+
+_MARKER_ID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
+
+# More than any conversation holds; the newest count.
+_MOST_MARKERS = 5000
+
+
+class Marker(NamedTuple):
+    """What the chat holds of an artifact, and where the artifact stood.
+
+    `at` counts the characters of its message's text before it, `after` names the call
+    it follows, and `phases` are those of the texts behind it, up to the next marker.
+    """
+
+    id: str
+    format: str = ""
+    at: int = 0
+    after: str = ""
+    phases: tuple[str, ...] = ()
+
+
+def write_marker(marker: Marker) -> JsonObject:
+    """Return a marker as it stands in `reasoning_details`."""
+    hints = {**marker._asdict(), "phases": list(marker.phases)}
+    hints["of"] = hints.pop(
+        "format"
+    )  # Open WebUI judges a `format` by rules of its own
+    return {"type": _MARKER_TYPE, **without_blanks(hints)}
+
+
+def _parse_marker(detail: JsonObject) -> Marker | None:
+    id_, at = as_text(detail.get("id")), detail.get("at")
+    if not _MARKER_ID.fullmatch(id_):
+        return None
+    return Marker(
+        id_,
+        as_text(detail.get("of")),
+        at if isinstance(at, int) else 0,
+        as_text(detail.get("after")),
+        tuple(as_texts(detail.get("phases"))),
+    )
+
+
+def parse_markers(message: JsonObject) -> list[Marker]:
+    """Return the markers of a chat message, each id once; what is none is passed over."""
+    details = as_objects(message.get("reasoning_details"))
+    ours = [d for d in details if d.get("type") == _MARKER_TYPE]
+    markers = [marker for d in ours if (marker := _parse_marker(d))]
+    if len(markers) < len(ours):
+        LOG.warning("Passed over %d markers that are none", len(ours) - len(markers))
+    return list({marker.id: marker for marker in markers}.values())
+
+
+def _replies(messages: Sequence[JsonObject]) -> list[int]:
+    """Return how many questions stand behind each message."""
+    behind, counts = 0, list[int]()
+    for message in reversed(messages):
+        counts.append(behind)
+        behind += message.get("role") == "user"
+    return counts[::-1]
+
+
+def wanted_markers(messages: object, policy: Persistence) -> dict[str, bool]:
+    """Return the ids to recall, in order, and whether each is of the loop going on."""
+    rows = as_objects(messages)
+    reach = {"disabled": 0, "next_reply": 2, "conversation": len(rows) + 1}[policy]
+    wanted = {
+        marker.id: behind == 0
+        for message, behind in zip(rows, _replies(rows), strict=True)
+        if behind < reach and message.get("reasoning_details")
+        for marker in parse_markers(message)
+    }
+    if len(wanted) > _MOST_MARKERS:
+        LOG.warning("Recalled the last %d of %d markers", _MOST_MARKERS, len(wanted))
+    return dict(list(wanted.items())[-_MOST_MARKERS:])
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One item of a response, verbatim, and whose it is."""
+
+    id: str
+    user_id: str
+    chat_id: str
+    model: str
+    item: JsonObject = field(repr=False)
+
+    @property
+    def kind(self) -> str:
+        """Return the item's type."""
+        return as_text(self.item.get("type"))
+
+    @property
+    def format(self) -> str:
+        """Return the reasoning format, where the provider names one."""
+        return as_text(self.item.get("format"))
+
+
+# Providers that accept their own reasoning alone (openrouter.md 8.1).
+_STRICT_FORMAT = re.compile(r"responses-v1$|^anthropic-")
+
+# Hosted items that later turns need too (openrouter.md 8.2, rule 9).
+_RESUMED = frozenset({"openrouter:advisor", "openrouter:subagent"})
+
+
+def is_resumed(item: JsonObject) -> bool:
+    """Say whether later turns need a hosted item, not its own tool loop alone."""
+    return item.get("type") in _RESUMED
+
+
+def is_replayed(item: JsonObject, *, in_loop: bool) -> bool:
+    """Say whether a provider wants an item back (openrouter.md 8).
+
+    Sealed and signed reasoning always; the open thoughts of open models and hosted
+    items while their tool loop goes on.
+    """
+    if item.get("type") != "reasoning":
+        return in_loop or is_resumed(item)
+    if item.get("encrypted_content") or item.get("signature"):
+        return True
+    return in_loop and not _STRICT_FORMAT.search(as_text(item.get("format")))
+
+
+def replayed(item: JsonObject) -> JsonObject:
+    """Return an item as it goes back (openrouter.md 8.2, rule 6)."""
+    if item.get("type") != "reasoning":
+        return item
+    whole = {**item, "summary": as_list(item.get("summary"))}
+    if not whole.get("id"):
+        whole["id"] = new_id("rs")
+    if whole.get("status", "") is None:
+        del whole["status"]
+    return whole
+
+
+class Sealed(NamedTuple):
+    """An artifact as stores hold it; `payload` tells nothing without the key."""
+
+    id: str
+    user_id: str
+    chat_id: str
+    model: str
+    kind: str
+    key_id: str
+    payload: bytes
+    created_at: int  # Unix seconds, as `used_at`
+    used_at: int
+
+
+class Unreadable(Exception):
+    """A row that does not open: another key, another owner, another version, damage."""
+
+
+class ArtifactKey(NamedTuple):
+    """A key for rows, and the name that rows know it by."""
+
+    id: str
+    fernet: Fernet
+
+
+def _derived(master: str, use: bytes, length: int) -> bytes:
+    info = b"openrouter_pipe/artifacts/" + use
+    return HKDF(SHA256(), length, salt=None, info=info).derive(master.encode())
+
+
+def artifact_keys(master: str, listed: str) -> tuple[ArtifactKey, ...]:
+    """Return the keys for `WEBUI_SECRET_KEY` and a list, the one to seal with first.
+
+    The secret's own key comes last: it opens what was kept before there was a list.
+    """
+    names = [name for each in listed.split(",") if (name := each.strip())]
+    masters = [f"{master}\n{name}" for name in names] + ([master] if master else [])
+    return tuple(
+        ArtifactKey(
+            _derived(each, b"id", 4).hex(),
+            Fernet(base64.urlsafe_b64encode(_derived(each, b"key", 32))),
+        )
+        for each in masters
+    )
+
+
+_VERSION = 1
+
+_IS_ENCRYPTED, _IS_COMPRESSED = 1, 2
+
+_LARGEST_PAYLOAD = 256 * 1024 * 1024
+
+
+def _decompressed(data: bytes) -> bytes:
+    if _lz4_decompress is None:
+        raise Unreadable("the package lz4 is missing here")
+    if int.from_bytes(data[:4], "little") > _LARGEST_PAYLOAD:
+        raise Unreadable("damaged")
+    return cast(bytes, _lz4_decompress(data))
+
+
+def _exact(text: bytes) -> object:
+    """Return a JSON value with its long integers, which faster parsers round."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise Unreadable("damaged") from None
+
+
+class ArtifactCodec:
+    """Turn artifacts into rows and back: JSON, LZ4 when it helps, Fernet.
+
+    A payload is a byte of version, a byte of flags and the data. The owner and the id
+    stand inside what the key authenticates, so a row moved elsewhere does not open.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[ArtifactKey],
+        *,
+        encrypt_all: bool = True,
+        min_compress_bytes: int = 4096,
+    ) -> None:
+        self.keys = tuple(keys)
+        self._by_id = {key.id: key.fernet for key in keys}
+        self._encrypt_all = encrypt_all
+        self._min_compress_bytes = min_compress_bytes
+
+    def can_seal(self, item: JsonObject) -> bool:
+        """Say whether an item may be kept: what must be encrypted needs a key."""
+        return bool(self.keys) or not self._is_secret(as_text(item.get("type")))
+
+    def seal(self, artifact: Artifact, now: float) -> Sealed:
+        """Return the row for an artifact."""
+        inside = {
+            "id": artifact.id,
+            "user": artifact.user_id,
+            "chat": artifact.chat_id,
+            "model": artifact.model,
+            "item": artifact.item,
+        }
+        text = json.dumps(inside, separators=(",", ":")).encode()
+        key_id, payload = self._wrapped(text, artifact.kind)
+        facts = (artifact.id, artifact.user_id, artifact.chat_id, artifact.model)
+        return Sealed(*facts, artifact.kind, key_id, payload, int(now), int(now))
+
+    def open(self, row: Sealed) -> Artifact:
+        """Return the artifact of a row; raise Unreadable for anything else."""
+        inside = as_object(_exact(self._text(row)))
+        if (inside.get("id"), inside.get("user")) != (row.id, row.user_id):
+            raise Unreadable("it belongs elsewhere")
+        item = as_object(inside.get("item"))
+        if item.get("type") == "reasoning" and not row.payload[1] & _IS_ENCRYPTED:
+            raise Unreadable("it is not encrypted")
+        model, chat_id = as_text(inside.get("model")), as_text(inside.get("chat"))
+        return Artifact(row.id, row.user_id, chat_id, model, item)
+
+    def resealed(self, row: Sealed) -> Sealed:
+        """Return a row under the newest key; raise Unreadable when none opens it."""
+        key_id, payload = self._wrapped(self._text(row), row.kind)
+        return row._replace(key_id=key_id, payload=payload)
+
+    def _is_secret(self, kind: str) -> bool:
+        return self._encrypt_all or kind == "reasoning"
+
+    def _wrapped(self, text: bytes, kind: str) -> tuple[str, bytes]:
+        flags, key_id, data = 0, "", text
+        if lz4_compress is not None and len(text) >= self._min_compress_bytes:
+            smaller = cast(bytes, lz4_compress(text))
+            if len(smaller) < len(text):
+                flags, data = _IS_COMPRESSED, smaller
+        if self._is_secret(kind):
+            flags |= _IS_ENCRYPTED
+            key_id, data = self.keys[0].id, self.keys[0].fernet.encrypt(data)
+        return key_id, bytes((_VERSION, flags)) + data
+
+    def _text(self, row: Sealed) -> bytes:
+        if len(row.payload) < 2:
+            raise Unreadable("empty")
+        version, flags, data = row.payload[0], row.payload[1], row.payload[2:]
+        if version != _VERSION:
+            raise Unreadable(f"version {version} is of another release")
+        try:
+            if flags & _IS_ENCRYPTED:
+                data = self._by_id[row.key_id].decrypt(data)
+            return _decompressed(data) if flags & _IS_COMPRESSED else data
+        except KeyError:
+            raise Unreadable(f"its key {row.key_id} is not listed") from None
+        except (InvalidToken, _LZ4Error) as error:
+            raise Unreadable("damaged") from error
+
+
+# endregion
+
+
+# region 10 Stores ─────────────────────────────────────────────────────────────────────
+# Where sealed rows live: our table, a journal in Redis before it, and their upkeep.
+# Uses: 01 02 09. I/O.
+
+try:
+    from redis.exceptions import RedisError, ResponseError
+except ImportError:  # without the package there is no client to raise them
+    RedisError = ResponseError = ConnectionError
+
+_Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+_SQL_SECONDS = 10.0
+
+_REDIS_SECONDS = 2.0
+
+_DAY_SECONDS = 86_400
+
+_LONGEST_TABLE_NAME = 50  # PostgreSQL cuts names at 63, those of our indexes too
+
+
+class StoreDown(Exception):
+    """A store that cannot be reached, or refuses to work."""
+
+
+class RowsRefused(StoreDown):
+    """Rows that a working database does not take."""
+
+
+class ArtifactStore(Protocol):
+    """Where rows are kept; each method raises StoreDown when it cannot."""
+
+    async def save(self, rows: Sequence[Sealed]) -> None:
+        """Keep rows in one transaction; one that is there already stays as it is."""
+        ...
+
+    async def load(self, ids: Collection[str], user_id: str) -> list[Sealed]:
+        """Return the rows of a user that there are, in any order."""
+        ...
+
+    async def drop(self, ids: Collection[str], user_id: str) -> None:
+        """Forget rows of a user."""
+        ...
+
+    async def sweep(self, now: float, days: int) -> int:
+        """Remove what nobody can use any more, and return how many rows that were."""
+        ...
+
+
+class Outage:
+    """Notice when a store is down: say so once, and let it be tried now and then."""
+
+    def __init__(self, what: str, consequence: str, pause_seconds: float) -> None:
+        self._what = what
+        self._consequence = consequence
+        self._pause_seconds = pause_seconds
+        self._again = 0.0
+        self.since: float | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Say whether the store shall be left alone for now."""
+        return self.since is not None and time.monotonic() < self._again
+
+    def begin(self, error: BaseException) -> None:
+        """Take note of a failure."""
+        self._again = time.monotonic() + self._pause_seconds
+        if self.since is None:
+            self.since = time.monotonic()
+            LOG.warning("%s is down (%s): %s", self._what, error, self._consequence)
+
+    def end(self) -> None:
+        """Take note of a success."""
+        if self.since is not None:
+            lasted = seconds_in_words(time.monotonic() - self.since)
+            LOG.warning("%s is back after %s", self._what, lasted)
+        self.since = None
+
+
+def _cause(error: BaseException) -> str:
+    """Return what a driver's error is, without values, statements or addresses."""
+    inner = getattr(error, "orig", None) or error
+    return type(inner).__name__
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+@contextmanager
+def _stored() -> Generator[None]:
+    """Turn the failures of a database or a Redis into ours."""
+    try:
+        yield
+    except (SQLAlchemyError, RedisError, OSError) as error:
+        if _is_cancelled():  # drivers then report troubles of their own
+            raise asyncio.CancelledError from None
+        is_refusal = isinstance(error, (DataError, IntegrityError))
+        kind = RowsRefused if is_refusal else StoreDown
+        raise kind(_cause(cast(BaseException, error))) from None
+
+
+def table_name(function_id: str) -> str:
+    """Return the name of a function's table, short enough for PostgreSQL."""
+    name = f"pipe_{function_id}_artifacts"
+    if len(name) <= _LONGEST_TABLE_NAME:
+        return name
+    digest = hashlib.sha256(function_id.encode()).hexdigest()[:8]
+    return f"pipe_{function_id[:20]}_{digest}_artifacts"
+
+
+def _artifacts_table(name: str, schema: str | None) -> Table:
+    return Table(
+        name,
+        MetaData(schema=schema),  # our own, so that two loads do not meet
+        Column("id", String(26), primary_key=True),
+        Column("user_id", Text, nullable=False),
+        Column("chat_id", Text, nullable=False),
+        Column("model", Text, nullable=False),
+        Column("kind", Text, nullable=False),
+        Column("key_id", String(16), nullable=False),
+        Column("payload", LargeBinary, nullable=False),
+        Column("created_at", BigInteger, nullable=False),
+        Column("used_at", BigInteger, nullable=False),
+        Index(f"{name}_chat", "chat_id"),
+        Index(f"{name}_key", "key_id"),
+        Index(f"{name}_used", "used_at"),
+    )
+
+
+def _host_engine() -> tuple[AsyncEngine, str | None]:
+    """Return Open WebUI's own engine, and the schema of its tables."""
+    from open_webui.env import DATABASE_SCHEMA
+    from open_webui.internal.db import async_engine
+
+    return async_engine, DATABASE_SCHEMA
+
+
+def _host_chats(schema: str | None) -> TableClause:
+    """Return what is read, and never written, of Open WebUI's chats."""
+    columns = (column("id", Text), column("user_id", Text), column("chat", Text))
+    return table("chat", *columns, schema=schema)
+
+
+def _homes(ids: Sequence[str], chats: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return which chat still shows an artifact, of those that one does."""
+    shown = [(id_, chat_id) for chat_id, text in chats for id_ in ids if id_ in text]
+    return dict(shown)
+
+
+def _resealed(codec: ArtifactCodec, rows: Iterable[Sealed]) -> list[Sealed]:
+    fresh: list[Sealed] = []
+    for row in rows:
+        try:
+            fresh.append(codec.resealed(row))
+        except Unreadable as error:
+            LOG.warning("Artifact %s keeps its old key: %s", row.id, error)
+    return fresh
+
+
+_CREATION_LOCK = 0x6F70656E  # any number that every worker knows
+
+_LEASE = "lease"
+
+_SWEEP_BATCH = 200
+
+_SWEEP_REST_SECONDS = 0.05
+
+_ORPHAN_GRACE_SECONDS = _DAY_SECONDS
+
+
+class SqlStore:
+    """Rows in a table of our own, on the engine that Open WebUI lends."""
+
+    def __init__(
+        self,
+        name: str = table_name(FUNCTION_ID),
+        engine: Callable[[], tuple[AsyncEngine, str | None]] = _host_engine,
+    ) -> None:
+        self._name = name
+        self._find_engine = engine
+        self._opening = asyncio.Lock()
+        self._opened: tuple[AsyncEngine, Table] | None = None
+        self._schema: str | None = None
+
+    async def save(self, rows: Sequence[Sealed]) -> None:
+        """Keep rows in one transaction; one that is there already stays as it is."""
+        async with self._transaction() as (connection, table):
+            await self._insert(connection, table, [row._asdict() for row in rows])
+
+    async def load(self, ids: Collection[str], user_id: str) -> list[Sealed]:
+        """Return the rows of a user that there are, by one query."""
+        async with self._transaction() as (connection, table):
+            query = select(table).where(
+                table.c.id.in_(list(ids)), table.c.user_id == user_id
+            )
+            return [Sealed(*row) for row in await connection.execute(query)]
+
+    async def drop(self, ids: Collection[str], user_id: str) -> None:
+        """Forget rows of a user."""
+        async with self._transaction() as (connection, table):
+            mine = (table.c.id.in_(list(ids)), table.c.user_id == user_id)
+            await connection.execute(delete(table).where(*mine))
+
+    async def touch(self, ids: Collection[str], now: float) -> None:
+        """Note that rows are in use, so that their time starts again."""
+        async with self._transaction() as (connection, table):
+            change = update(table).where(table.c.id.in_(list(ids)))
+            await connection.execute(change.values(used_at=int(now)))
+
+    async def claim(self, work: str, now: float, every_seconds: float) -> bool:
+        """Return whether this worker is the one to do some work, if it is due."""
+        id_ = f"{_LEASE}-{work}"[:26]
+        lease = Sealed(id_, "", "", "", _LEASE, "", b"", int(now), 0)
+        async with self._transaction() as (connection, table):
+            await self._insert(connection, table, [lease._asdict()])
+            due = (table.c.id == id_, table.c.used_at <= int(now - every_seconds))
+            change = update(table).where(*due).values(used_at=int(now))
+            return (await connection.execute(change)).rowcount == 1
+
+    async def sweep(self, now: float, days: int) -> int:
+        """Remove rows that are old or whose last chat is gone, a few at a time."""
+        removed = 0
+        while days and (count := await self._drop_old(now - days * _DAY_SECONDS)):
+            removed += count
+            await asyncio.sleep(_SWEEP_REST_SECONDS)
+        last = ""
+        while orphans := await self._orphans(now - _ORPHAN_GRACE_SECONDS, last):
+            last = orphans[-1][0]
+            removed += await self._judge_orphans(orphans)
+            await asyncio.sleep(_SWEEP_REST_SECONDS)
+        return removed
+
+    async def reseal(self, codec: ArtifactCodec) -> int:
+        """Encrypt the rows of older keys anew, and return how many those were."""
+        done, last, newest = 0, "", codec.keys[0].id
+        while rows := await self._sealed_otherwise(newest, last):
+            last = rows[-1].id
+            fresh = await asyncio.to_thread(_resealed, codec, rows)
+            async with self._transaction() as (connection, table):
+                for row in fresh:
+                    same = table.c.id == row.id
+                    values = {"key_id": row.key_id, "payload": row.payload}
+                    await connection.execute(update(table).where(same).values(values))
+            done += len(fresh)
+            await asyncio.sleep(_SWEEP_REST_SECONDS)
+        return done
+
+    async def _sealed_otherwise(self, key_id: str, last: str) -> list[Sealed]:
+        async with self._transaction() as (connection, table):
+            old = (table.c.key_id.not_in(["", key_id]), table.c.id > last)
+            query = select(table).where(*old).order_by(table.c.id).limit(_SWEEP_BATCH)
+            return [Sealed(*row) for row in await connection.execute(query)]
+
+    async def _drop_old(self, before: float) -> int:
+        async with self._transaction() as (connection, table):
+            old = (table.c.used_at < int(before), table.c.kind != _LEASE)
+            ids = select(table.c.id).where(*old).limit(_SWEEP_BATCH)
+            gone = await connection.execute(delete(table).where(table.c.id.in_(ids)))
+            return gone.rowcount
+
+    async def _orphans(self, before: float, last: str) -> list[tuple[str, str]]:
+        """Return ids and owners of rows whose chat Open WebUI no longer has."""
+        chat = _host_chats(self._schema)
+        async with self._transaction() as (connection, table):
+            gone = ~exists().where(chat.c.id == table.c.chat_id)
+            quiet = (table.c.used_at < int(before), table.c.kind != _LEASE)
+            query = (
+                select(table.c.id, table.c.user_id)
+                .where(gone, *quiet, table.c.id > last)
+                .order_by(table.c.id)
+                .limit(_SWEEP_BATCH)
+            )
+            return [(id_, user) for id_, user in await connection.execute(query)]
+
+    async def _judge_orphans(self, orphans: Sequence[tuple[str, str]]) -> int:
+        """Give rows to the chat that still shows them, remove the others."""
+        chat, owned = _host_chats(self._schema), defaultdict[str, list[str]](list)
+        for id_, user_id in orphans:
+            owned[user_id].append(id_)
+        removed = 0
+        for user_id, ids in owned.items():
+            async with self._transaction() as (connection, table):
+                text = sql_cast(chat.c.chat, Text)
+                shown = or_(*(text.like(f"%{id_}%") for id_ in ids))
+                mine = chat.c.user_id == user_id
+                found = await connection.execute(
+                    select(chat.c.id, text).where(mine, shown)
+                )
+                homes = _homes(ids, [(id_, body) for id_, body in found])
+                for id_, chat_id in homes.items():
+                    row = update(table).where(table.c.id == id_)
+                    await connection.execute(row.values(chat_id=chat_id))
+                lost = [id_ for id_ in ids if id_ not in homes]
+                await connection.execute(delete(table).where(table.c.id.in_(lost)))
+            removed += len(lost)
+        return removed
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncGenerator[tuple[AsyncConnection, Table]]:
+        with _stored():
+            async with asyncio.timeout(_SQL_SECONDS):
+                engine, table = self._opened or await self._open()
+                try:
+                    async with engine.begin() as connection:
+                        yield connection, table
+                except SQLAlchemyError:
+                    self._opened = None  # whoever took the table away: make it again
+                    raise
+
+    async def _insert(
+        self, connection: AsyncConnection, table: Table, rows: list[JsonObject]
+    ) -> None:
+        is_sqlite = connection.dialect.name == "sqlite"
+        insert = sqlite.insert(table) if is_sqlite else postgresql.insert(table)
+        await connection.execute(insert.on_conflict_do_nothing(), rows)
+
+    async def _open(self) -> tuple[AsyncEngine, Table]:
+        """Create the table, whichever of many workers comes first."""
+        async with self._opening:
+            if self._opened is None:
+                engine, self._schema = self._find_engine()
+                table = _artifacts_table(self._name, self._schema)
+                async with engine.begin() as connection:
+                    if engine.dialect.name == "postgresql":
+                        lock = select(func.pg_advisory_xact_lock(_CREATION_LOCK))
+                        await connection.execute(lock)
+                    await connection.execute(CreateTable(table, if_not_exists=True))
+                    for index in sorted(table.indexes, key=lambda each: str(each.name)):
+                        await connection.execute(CreateIndex(index, if_not_exists=True))
+                self._opened = (engine, table)
+            return self._opened
+
+
+_HELD_BYTES = 64 * 1024 * 1024
+
+_RETRY_SECONDS = 1.0
+
+_OUTAGE_PAUSE_SECONDS = 5.0
+
+
+class Outbox:
+    """A table that may be down for a while: rows wait in memory and are tried again."""
+
+    def __init__(self, table: SqlStore, spawn: _Spawn) -> None:
+        self.table = table
+        self.outage = Outage(
+            "The artifacts' table",
+            "chats go on, and new rows wait in memory",
+            _OUTAGE_PAUSE_SECONDS,
+        )
+        self._spawn = spawn
+        self._held: dict[str, Sealed] = {}
+        self._retrying: asyncio.Task[None] | None = None
+
+    async def commit(self, rows: Sequence[Sealed]) -> None:
+        """Write rows now, or raise StoreDown."""
+        try:
+            await self.table.save(rows)
+        except RowsRefused:
+            raise
+        except StoreDown as error:
+            self.outage.begin(error)
+            raise
+        self.outage.end()
+
+    async def save(self, rows: Sequence[Sealed]) -> None:
+        """Write rows now or soon; raise StoreDown when too many wait already."""
+        if not self.outage.is_on:
+            try:
+                await self.commit(rows)
+                return
+            except RowsRefused:
+                raise
+            except StoreDown:
+                pass  # noted, and held below
+        waiting = sum(len(row.payload) for row in (*self._held.values(), *rows))
+        if waiting > _HELD_BYTES:
+            raise StoreDown("too many rows wait in memory")
+        self._held |= {row.id: row for row in rows}
+        if self._retrying is None:
+            self._retrying = self._spawn(self._retry())
+
+    async def load(self, ids: Collection[str], user_id: str) -> list[Sealed]:
+        """Return the rows of a user that can be had: while the table is down, some."""
+        rest = set(ids) - self._held.keys()
+        held = [self._held[id_] for id_ in set(ids) - rest]
+        found = [row for row in held if row.user_id == user_id]
+        if self.outage.is_on or not rest:
+            return found
+        try:
+            return [*found, *await self.table.load(rest, user_id)]
+        except StoreDown as error:
+            self.outage.begin(error)
+            return found
+
+    async def drop(self, ids: Collection[str], user_id: str) -> None:
+        """Forget rows of a user."""
+        for id_ in ids:
+            self._held.pop(id_, None)
+        await self.table.drop(ids, user_id)
+
+    async def sweep(self, now: float, days: int) -> int:
+        """Remove what nobody can use any more, and return how many rows that were."""
+        return await self.table.sweep(now, days)
+
+    async def aclose(self) -> None:
+        """Try once more to write what waits."""
+        if rows := list(self._held.values()):
+            try:
+                await self.commit(rows)
+            except StoreDown:
+                LOG.error("%d artifacts are lost: the table is down", len(rows))
+
+    async def _retry(self) -> None:
+        while rows := list(self._held.values())[:_SWEEP_BATCH]:
+            await asyncio.sleep(_RETRY_SECONDS)
+            try:
+                await self.commit(rows)
+            except RowsRefused as error:
+                LOG.error("%d artifacts were refused (%s)", len(rows), error)
+            except StoreDown:
+                continue
+            for row in rows:
+                self._held.pop(row.id, None)
+        self._retrying = None
+
+
+def host_redis() -> tuple[Any, str] | None:
+    """Return Open WebUI's Redis and the prefix of its keys, or None without one."""
+    from open_webui import env
+    from open_webui.utils import redis as host
+
+    sentinels = host.get_sentinels_from_env(
+        env.REDIS_SENTINEL_HOSTS, env.REDIS_SENTINEL_PORT
+    )
+    if not env.REDIS_URL and not sentinels:
+        return None
+    client = host.get_redis_connection(
+        env.REDIS_URL,
+        redis_sentinels=sentinels,
+        redis_cluster=env.REDIS_CLUSTER,
+        async_mode=True,
+        decode_responses=False,
+    )
+    return (client, env.REDIS_KEY_PREFIX) if client is not None else None
+
+
+def pack_row(row: Sealed) -> bytes:
+    """Return a row as Redis holds it."""
+    facts = json.dumps([*row._replace(payload=b"")._asdict().values()], default=str)
+    return facts.encode() + b"\n" + row.payload
+
+
+def unpack_row(data: bytes | None) -> Sealed | None:
+    """Return the row that was packed, or None for anything else."""
+    facts, _, payload = (data or b"").partition(b"\n")
+    values = as_list(parse_json(facts))
+    if len(values) != len(Sealed._fields):
+        return None
+    return Sealed(*values)._replace(payload=payload)
+
+
+_GROUP = "flushers"
+
+_NEW = b"new"
+
+_DONE_ROWS = b"done "
+
+_TICK_SECONDS = 1.0
+
+_GATHER_SECONDS = 0.01
+
+_STALE_MS = 5000
+
+_UNCONFIRMED_SECONDS = 30.0
+
+
+class RedisJournal:
+    """Rows reach Redis at once and the table a little later, from whichever worker.
+
+    Each row is an entry of a stream with a consumer group, and leaves it only once it
+    is committed; entries of a worker that died are claimed by another. This worker's
+    own rows stay in memory until somebody has confirmed them, so that a Redis which
+    forgets everything loses none.
+    """
+
+    def __init__(
+        self, store: Outbox, client: Any, prefix: str, *, ttl_seconds: int, batch: int
+    ) -> None:
+        self._store = store
+        self._client = client
+        self._ttl_seconds = ttl_seconds
+        self._batch = batch
+        base = f"{{{prefix}:pipe:{FUNCTION_ID}}}"  # one slot of a cluster
+        self._stream = f"{base}:journal"
+        self._news = f"{base}:news"
+        self._cache = f"{base}:artifact:"
+        self._consumer = new_id("worker")
+        self._unconfirmed: dict[str, tuple[float, Sealed]] = {}
+        self._tried = asyncio.Event()  # whether there is a Redis is known
+        self._is_up = False
+        self._is_behind = False  # entries of ours wait for the table
+        self._looked = 0.0
+        self.outage = Outage("Redis", "rows go to the table directly", 0)
+
+    # A store
+
+    async def save(self, rows: Sequence[Sealed]) -> None:
+        """Keep rows in Redis, or in the table when there is no Redis."""
+        if not self._tried.is_set():  # a worker that has just started
+            await asyncio.wait(
+                [asyncio.ensure_future(self._tried.wait())], timeout=_REDIS_SECONDS
+            )
+        if self._is_up:
+            now = time.monotonic()
+            self._unconfirmed |= {row.id: (now, row) for row in rows}
+            try:
+                await self._append(rows)
+                return
+            except StoreDown as error:
+                self._is_up = False
+                self.outage.begin(error)
+        await self._store.save(rows)
+        self._confirm(row.id for row in rows)
+
+    async def load(self, ids: Collection[str], user_id: str) -> list[Sealed]:
+        """Return the rows of a user that there are, the recent ones by Redis."""
+        waiting = self._unconfirmed
+        mine = [waiting[id_][1] for id_ in waiting.keys() & set(ids)]
+        recent = filter(self._is_recent, set(ids) - waiting.keys())
+        mine += await self._cached(list(recent))
+        rest = set(ids) - {row.id for row in mine}
+        found = [row for row in mine if row.user_id == user_id]
+        return [*found, *await self._store.load(rest, user_id)]
+
+    async def drop(self, ids: Collection[str], user_id: str) -> None:
+        """Forget rows of a user."""
+        cached = await self.load(ids, user_id)
+        with _stored():
+            if self._is_up and cached:
+                await self._client.delete(*(self._cache + row.id for row in cached))
+        self._confirm(row.id for row in cached)
+        await self._store.drop(ids, user_id)
+
+    async def sweep(self, now: float, days: int) -> int:
+        """Remove what nobody can use any more, and return how many rows that were."""
+        return await self._store.sweep(now, days)
+
+    # The way from Redis to the table
+
+    async def run(self) -> None:
+        """Write what comes, for ever; without Redis, wait until it is back."""
+        while True:
+            try:
+                with _stored():
+                    await self._serve()
+            except StoreDown as error:
+                self.outage.begin(error)
+            finally:
+                self._is_up = False
+                self._tried.set()
+            await self._rescue(0)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _serve(self) -> None:
+        async with self._client.pubsub() as news:
+            await news.subscribe(self._news)
+            await self._open_group()
+            self._is_behind = True
+            while True:
+                await self._drain()
+                self.outage.end()
+                self._is_up = True
+                self._tried.set()
+                await self._rescue(_UNCONFIRMED_SECONDS)
+                await self._listen(news)
+
+    async def _open_group(self) -> None:
+        try:
+            await self._client.xgroup_create(
+                self._stream, _GROUP, id="0", mkstream=True
+            )
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+    async def _listen(self, news: Any) -> None:
+        """Wait until there is something to write, or for a tick."""
+        until = time.monotonic() + _TICK_SECONDS
+        while (left := until - time.monotonic()) > 0:
+            message = await news.get_message(
+                ignore_subscribe_messages=True, timeout=left
+            )
+            data = message["data"] if message else b""
+            if data.startswith(_NEW):
+                await asyncio.sleep(_GATHER_SECONDS)
+                return
+            self._confirm(data.removeprefix(_DONE_ROWS).decode().split())
+
+    async def _drain(self) -> None:
+        """Write everything that waits, a batch in one transaction."""
+        while entries := await self._entries():
+            rows = list(filter(None, [unpack_row(data) for _, data in entries]))
+            if len(rows) < len(entries):
+                LOG.error("%d entries of Redis are no rows", len(entries) - len(rows))
+            try:
+                await self._commit(rows)
+            except StoreDown:
+                self._is_behind = True
+                return
+            async with self._client.pipeline(transaction=True) as pipe:
+                pipe.xack(self._stream, _GROUP, *(id_ for id_, _ in entries))
+                pipe.xdel(self._stream, *(id_ for id_, _ in entries))
+                ids = " ".join(row.id for row in rows)
+                pipe.publish(self._news, _DONE_ROWS + ids.encode())
+                await pipe.execute()
+            self._confirm(row.id for row in rows)
+
+    async def _entries(self) -> list[tuple[bytes, bytes | None]]:
+        """Return entries to write: ours of before, of workers that died, new ones."""
+        if time.monotonic() - self._looked > _STALE_MS / 1000:
+            self._looked = time.monotonic()
+            _, found, *_ = await self._client.xautoclaim(
+                self._stream, _GROUP, self._consumer, _STALE_MS, count=self._batch
+            )
+            self._is_behind = self._is_behind or bool(found)
+        start = "0" if self._is_behind else ">"
+        found = await self._read(start)
+        if not found and self._is_behind:
+            self._is_behind = False
+            found = await self._read(">")
+        return found
+
+    async def _read(self, start: str) -> list[tuple[bytes, bytes | None]]:
+        streams = {self._stream: start}
+        found = await self._client.xreadgroup(
+            _GROUP, self._consumer, streams, count=self._batch
+        )
+        if isinstance(found, dict):  # as RESP3 answers
+            found = [[key, *value] for key, value in found.items()]
+        return [
+            (id_, fields.get(b"row") if fields else None)
+            for _, entries in found or ()
+            for id_, fields in entries
+        ]
+
+    async def _commit(self, rows: Sequence[Sealed]) -> None:
+        try:
+            if rows:
+                await self._store.commit(rows)
+        except RowsRefused as error:
+            if len(rows) == 1:
+                LOG.error("Artifact %s was refused (%s)", rows[0].id, error)
+                return
+            for row in rows:
+                await self._commit([row])
+
+    async def _append(self, rows: Sequence[Sealed]) -> None:
+        with _stored():
+            async with (
+                asyncio.timeout(_REDIS_SECONDS),
+                self._client.pipeline(transaction=False) as pipe,
+            ):
+                for row in rows:
+                    packed = pack_row(row)
+                    pipe.xadd(self._stream, {"row": packed})
+                    pipe.set(self._cache + row.id, packed, ex=self._ttl_seconds)
+                pipe.publish(self._news, _NEW)
+                await pipe.execute()
+
+    async def _cached(self, ids: Sequence[str]) -> list[Sealed]:
+        if not ids or not self._is_up:
+            return []
+        try:
+            with _stored():
+                async with asyncio.timeout(_REDIS_SECONDS):
+                    found = await self._client.mget([self._cache + id_ for id_ in ids])
+        except StoreDown:
+            return []
+        return list(filter(None, map(unpack_row, found)))
+
+    async def _rescue(self, older_seconds: float) -> None:
+        """Write rows directly that nobody has confirmed: Redis may have lost them."""
+        before = time.monotonic() - older_seconds
+        lost = [row for at, row in self._unconfirmed.values() if at <= before]
+        if not lost:
+            return
+        try:
+            await self._store.save(lost)
+            self._confirm(row.id for row in lost)
+        except StoreDown as error:
+            LOG.warning("%d artifacts wait in Redis alone: %s", len(lost), error)
+
+    def _confirm(self, ids: Iterable[str]) -> None:
+        for id_ in ids:
+            self._unconfirmed.pop(id_, None)
+
+    def _is_recent(self, id_: str) -> bool:
+        return time.time() - ULID.from_str(id_).timestamp <= self._ttl_seconds
+
+
+_OFF_LOOP_BYTES = 64 * 1024
+
+_MOST_REFUSED = 10_000
+
+_UPKEEP_SECONDS = 300.0
+
+_RESEAL_SECONDS = 3600.0
+
+
+def _weight(value: object) -> int:
+    """Return about how many bytes a JSON value takes, without writing it."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_weight, cast(JsonObject, value).values()))
+    if isinstance(value, list):
+        return sum(map(_weight, cast("list[Any]", value)))
+    return 8
+
+
+def _fingerprint(chat_id: str, item: JsonObject) -> int:
+    names = ("encrypted_content", "signature", "id")
+    return hash((chat_id, *(as_text(item.get(name)) for name in names)))
+
+
+def _opened(codec: ArtifactCodec, rows: Iterable[Sealed]) -> list[Artifact]:
+    """Return the artifacts that open; one line tells of the others."""
+    artifacts: list[Artifact] = []
+    problems: dict[str, int] = defaultdict(int)
+    for row in rows:
+        try:
+            artifacts.append(codec.open(row))
+        except Unreadable as error:
+            problems[str(error)] += 1
+    if problems:
+        told = "; ".join(f"{count}: {why}" for why, count in problems.items())
+        LOG.warning("Artifacts that do not open were left out: %s", told)
+    return artifacts
+
+
+def _codec(valves: StorageValves) -> ArtifactCodec:
+    """Return the codec for the valves and `WEBUI_SECRET_KEY`, and say what is amiss."""
+    master = os.environ.get("WEBUI_SECRET_KEY", "")
+    try:
+        listed = valves.ARTIFACT_ENCRYPTION_KEY.reveal()
+    except ValueError:
+        LOG.error("ARTIFACT_ENCRYPTION_KEY cannot be read: WEBUI_SECRET_KEY changed")
+        listed = ""
+    keys = artifact_keys(master, listed)
+    if not keys:
+        LOG.warning(
+            "Neither WEBUI_SECRET_KEY nor ARTIFACT_ENCRYPTION_KEY is set: what has to "
+            "be encrypted is not kept, and models lose their reasoning between turns"
+        )
+    elif not master:
+        LOG.warning(
+            "WEBUI_SECRET_KEY is not set: ARTIFACT_ENCRYPTION_KEY lies unencrypted in "
+            "the same database as the artifacts"
+        )
+    if lz4_compress is None:
+        LOG.warning("The package lz4 is missing: artifacts are kept uncompressed")
+    return ArtifactCodec(
+        keys,
+        encrypt_all=valves.ENCRYPT_ALL,
+        min_compress_bytes=valves.MIN_COMPRESS_BYTES,
+    )
+
+
+class Memory:
+    """What turns keep and recall: the codec, the stores behind it, and their upkeep."""
+
+    def __init__(self, spawn: _Spawn) -> None:
+        self._spawn = spawn
+        self._valves: StorageValves | None = None
+        self._cache_valves: CacheValves | None = None
+        self._codec = ArtifactCodec(())
+        self._outbox = Outbox(SqlStore(), spawn)
+        self._store: ArtifactStore = self._outbox
+        self._is_open = False
+        self._running: list[asyncio.Task[None]] = []
+        self._hurry = asyncio.Event()
+        self._refused: dict[int, None] = {}  # fingerprints, the oldest first
+        self._told: dict[str, float] = {}  # chats that know of an outage
+
+    def refresh(self, settings: Settings) -> None:
+        """Take over changed valves; they act on the next request."""
+        storage = StorageValves.model_construct(
+            **{name: getattr(settings, name) for name in StorageValves.model_fields}
+        )
+        cache = CacheValves.model_construct(
+            **{name: getattr(settings, name) for name in CacheValves.model_fields}
+        )
+        if storage != self._valves:
+            self._valves, self._codec = storage, _codec(storage)
+            self._hurry.set()
+        if cache != self._cache_valves:
+            self._cache_valves, self._is_open = cache, False
+
+    def _opened_store(self) -> ArtifactStore:
+        """Return the store; the first turn with something to keep begins the upkeep."""
+        if not self._is_open:
+            self._open(self._cache_valves or CacheValves())
+        return self._store
+
+    def _open(self, valves: CacheValves) -> None:
+        self._is_open = True
+        for task in self._running:
+            task.cancel()
+        self._running = [self._spawn(self._keep_house())]
+        self._store = self._outbox
+        found = host_redis() if valves.ENABLE_REDIS_CACHE else None
+        if found:
+            journal = RedisJournal(
+                self._outbox,
+                *found,
+                ttl_seconds=valves.REDIS_CACHE_TTL_SECONDS,
+                batch=valves.DB_BATCH_SIZE,
+            )
+            self._running.append(self._spawn(journal.run()))
+            self._store = journal
+
+    def is_refused(self, chat_id: str, item: JsonObject) -> bool:
+        """Say whether a provider did not take an item in a chat."""
+        return _fingerprint(chat_id, item) in self._refused
+
+    def can_keep(self, item: JsonObject) -> bool:
+        """Say whether there is a key for what must be encrypted."""
+        return self._codec.can_seal(item)
+
+    async def keep(self, artifacts: Sequence[Artifact]) -> bool:
+        """Keep artifacts in one transaction; return whether their rows are kept."""
+        try:
+            await self._opened_store().save(await self._sealed(artifacts))
+        except StoreDown as error:
+            LOG.warning("%d artifacts were not kept: %s", len(artifacts), error)
+            return False
+        return True
+
+    async def recall(self, ids: Collection[str], user_id: str) -> list[Artifact]:
+        """Return a user's artifacts, as far as they are there and open."""
+        if not ids or not user_id:
+            return []
+        rows = await self._opened_store().load(ids, user_id)
+        old = [row.id for row in rows if row.used_at < time.time() - _DAY_SECONDS]
+        if old:
+            self._spawn(self._touch(old))
+        if sum(len(row.payload) for row in rows) > _OFF_LOOP_BYTES:
+            return await asyncio.to_thread(_opened, self._codec, rows)
+        return _opened(self._codec, rows)
+
+    def refuse(self, chat_id: str, items: Iterable[JsonObject]) -> None:
+        """Remember that a provider did not take some items in a chat."""
+        self._refused |= {_fingerprint(chat_id, item): None for item in items}
+        for mark in list(self._refused)[:-_MOST_REFUSED]:
+            del self._refused[mark]
+
+    async def forget(self, ids: Collection[str], user_id: str) -> None:
+        """Remove artifacts, so that no worker recalls them again."""
+        if not ids:
+            return
+        try:
+            await self._opened_store().drop(ids, user_id)
+        except StoreDown as error:
+            LOG.warning("%d artifacts stay for now: %s", len(ids), error)
+
+    def has_news(self, chat_id: str) -> bool:
+        """Say, once to each chat, that the table is down."""
+        since = self._outbox.outage.since
+        if since is None or self._told.get(chat_id) == since:
+            return False
+        self._told = {k: v for k, v in self._told.items() if v == since}
+        self._told[chat_id] = since
+        return True
+
+    async def aclose(self) -> None:
+        """Write what still waits."""
+        await self._outbox.aclose()
+
+    async def upkeep(self, now: float) -> None:
+        """Do what is due, if no other worker does: new keys, old rows."""
+        valves, table = self._valves or StorageValves(), self._outbox.table
+        keys = self._codec.keys
+        if keys and await table.claim(f"key-{keys[0].id}", now, _RESEAL_SECONDS):
+            count = await table.reseal(self._codec)
+            LOG.info("Encrypted %d artifacts with the newest key", count)
+        hours = valves.ARTIFACT_CLEANUP_INTERVAL_HOURS
+        if await table.claim("sweep", now, hours * 3600):
+            count = await table.sweep(now, valves.ARTIFACT_CLEANUP_DAYS)
+            LOG.info("Removed %d artifacts that nobody can use any more", count)
+
+    async def _keep_house(self) -> None:
+        while True:
+            self._hurry.clear()
+            try:
+                async with asyncio.timeout(_UPKEEP_SECONDS):
+                    await self._hurry.wait()
+            except TimeoutError:
+                pass
+            try:
+                await self.upkeep(time.time())
+            except StoreDown as error:
+                LOG.info("The artifacts' upkeep waits: %s", error)
+
+    async def _touch(self, ids: Sequence[str]) -> None:
+        try:
+            await self._outbox.table.touch(ids, time.time())
+        except StoreDown as error:
+            LOG.info("The use of %d artifacts was not noted: %s", len(ids), error)
+
+    async def _sealed(self, artifacts: Sequence[Artifact]) -> list[Sealed]:
+        codec, now = self._codec, time.time()
+
+        def sealed() -> list[Sealed]:
+            return [codec.seal(artifact, now) for artifact in artifacts]
+
+        if sum(_weight(artifact.item) for artifact in artifacts) > _OFF_LOOP_BYTES:
+            return await asyncio.to_thread(sealed)
+        return sealed()
+
+
+_TOKENS = ("input_tokens", "output_tokens", "total_tokens")
+
+
+class CostExport:
+    """One record per turn in Redis, for an admin's own billing."""
+
+    async def record(self, valves: CacheValves, facts: JsonObject) -> None:
+        """Write what a turn cost; without a Redis, say so."""
+        found = host_redis()
+        if found is None:
+            LOG.warning("COSTS_REDIS_DUMP is on, but Open WebUI has no Redis")
+            return
+        client, prefix = found
+        key = f"{prefix}:pipe:{FUNCTION_ID}:cost:{ULID()}"
+        try:
+            with _stored():
+                async with asyncio.timeout(_REDIS_SECONDS):
+                    text = json.dumps(facts)
+                    await client.set(key, text, ex=valves.COSTS_REDIS_TTL_SECONDS)
+        except StoreDown as error:
+            LOG.warning("The cost of a turn was not exported: %s", error)
+
+
+def cost_facts(usage: JsonObject) -> JsonObject:
+    """Return what a billing script wants of a usage."""
+    spent = {name: as_number(usage.get(name)) or 0 for name in _TOKENS}
+    cached = as_object(usage.get("input_tokens_details")).get("cached_tokens")
+    thought = as_object(usage.get("output_tokens_details")).get("reasoning_tokens")
+    return {
+        **spent,
+        "cached_tokens": as_number(cached) or 0,
+        "reasoning_tokens": as_number(thought) or 0,
+        "cost": as_number(usage.get("cost")) or 0,
+    }
+
+
+# endregion
+
+
 # region 11 Media ──────────────────────────────────────────────────────────────────────
 # Images that a model makes become files of the chatting user.
 # Uses: 01. I/O.
@@ -1915,7 +3319,7 @@ async def save_image(url: str, request: Any, metadata: JsonObject, user_id: str)
 
 # region 12 Input ──────────────────────────────────────────────────────────────────────
 # Chat messages in, Responses input out. What is left out is named, never dropped quietly.
-# Uses: 01 03 08. Pure.
+# Uses: 01 03 08 09. Pure.
 
 
 class ChatInput(NamedTuple):
@@ -2000,11 +3404,18 @@ _PARTS: dict[str, tuple[str, Callable[[JsonObject], JsonObject | None]]] = {
 _RESULT_PARTS = frozenset({"input_text", "input_image", "input_file"})
 
 
+def _cut(text: str, begin: int, at: int) -> int:
+    """Return where an artifact parts a text; nowhere, once the text was edited."""
+    return at if begin < at <= len(text) and text[at : at + 1] in ("", "\n") else begin
+
+
 class _InputWriter:
     """Collect the items of one conversation, message by message."""
 
-    def __init__(self, card: ModelCard) -> None:
+    def __init__(self, card: ModelCard, recalled: Mapping[str, JsonObject]) -> None:
         self._card = card
+        self._recalled = recalled
+        self._phases: list[str] = []  # of the texts to come, as a marker said
         self.items: list[JsonObject] = []
         self.notes: list[str] = []
 
@@ -2018,6 +3429,7 @@ class _InputWriter:
         elif role in ("system", "developer"):
             self._add(role, _plain(message.get("content")))
         else:
+            self._phases = []
             self._add("user", self._content(message.get("content")))
 
     def _add(self, role: str, content: str | list[JsonObject]) -> None:
@@ -2025,24 +3437,51 @@ class _InputWriter:
             self.items.append(_message(role, content))
 
     def _assistant(self, message: JsonObject) -> None:
-        self._add("assistant", _plain(message.get("content")))
+        """Add an answer: its text and calls as the chat has them, artifacts between."""
+        text, markers = _plain(message.get("content")), parse_markers(message)
+        begin = 0
+        for marker in markers:
+            if marker.after:
+                continue
+            end = _cut(text, begin, marker.at)
+            if end > begin:
+                self._say(text[begin:end])
+                begin = end + 1
+            self._replay(marker)
+        self._say(text[begin:])
         for call in as_objects(message.get("tool_calls")):
-            function = as_object(call.get("function"))
-            if ":" in as_text(function.get("name")):
-                continue  # the card of a hosted tool, which is no function
-            arguments = function.get("arguments") or "{}"
-            self.items.append(
-                {
-                    "type": "function_call",
-                    "call_id": as_text(call.get("id")),
-                    "name": as_text(function.get("name")),
-                    "arguments": (
-                        arguments
-                        if isinstance(arguments, str)
-                        else json.dumps(arguments)
-                    ),
-                }
-            )
+            self._call(call)
+            for marker in markers:
+                if marker.after and marker.after == call.get("id"):
+                    self._replay(marker)
+
+    def _say(self, text: str) -> None:
+        if text:
+            phase = self._phases.pop(0) if self._phases else ""
+            item = _message("assistant", text)
+            self.items.append({**item, "phase": phase} if phase else item)
+
+    def _replay(self, marker: Marker) -> None:
+        self._phases = list(marker.phases)
+        item = self._recalled.get(marker.id)
+        if item is not None and marker.format == as_text(item.get("format")):
+            self.items.append(item)
+
+    def _call(self, call: JsonObject) -> None:
+        function = as_object(call.get("function"))
+        if ":" in as_text(function.get("name")):
+            return  # the card of a hosted tool, which is no function
+        arguments = function.get("arguments") or "{}"
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments)
+        self.items.append(
+            {
+                "type": "function_call",
+                "call_id": as_text(call.get("id")),
+                "name": as_text(function.get("name")),
+                "arguments": arguments,
+            }
+        )
 
     def _tool_result(self, message: JsonObject) -> None:
         content = self._content(message.get("content"))
@@ -2106,15 +3545,33 @@ def paired(items: list[JsonObject]) -> list[JsonObject]:
                 called.append(item["call_id"])
                 kept.append(item)
             continue
-        kept.extend(_answers(called, outputs))  # an output too ends the round of calls
-        called = []
+        if item["type"] in ("message", "function_call_output"):  # ends the round
+            kept.extend(_answers(called, outputs))
+            called = []
         if item["type"] != "function_call_output":
             kept.append(item)
     return [*kept, *_answers(called, outputs)]
 
 
-def build_input(messages: object, card: ModelCard) -> ChatInput:
-    """Return a chat's messages as Responses input for a model.
+def _with_followers(items: list[JsonObject]) -> list[JsonObject]:
+    """Return the items without reasoning that nothing of its own answer follows.
+
+    Providers refuse it: "provided without its required following item".
+    """
+    kept: list[JsonObject] = []
+    for item in reversed(items):
+        follower = kept[-1] if kept else {}
+        is_other = follower.get("role", "assistant") != "assistant"
+        is_other |= follower.get("type") in (None, "function_call_output")
+        if item["type"] != "reasoning" or not is_other:
+            kept.append(item)
+    return kept[::-1]
+
+
+def build_input(
+    messages: object, card: ModelCard, recalled: Mapping[str, JsonObject] | None = None
+) -> ChatInput:
+    """Return a chat's messages as Responses input, with what was kept for the model.
 
     The system messages at the head become `instructions`. Raise BadInput when nothing
     is left to send.
@@ -2124,10 +3581,10 @@ def build_input(messages: object, card: ModelCard) -> ChatInput:
     while rest and rest[0].get("role") in ("system", "developer"):
         head.append(_plain(rest.pop(0).get("content")))
     instructions = "\n\n".join(filter(None, head))
-    writer = _InputWriter(card)
+    writer = _InputWriter(card, recalled or {})
     for message in rest:
         writer.write(message)
-    items = paired(writer.items)
+    items = _with_followers(paired(writer.items))
     if not items and instructions:  # a system prompt alone is a request too
         items, instructions = [_message("system", instructions)], ""
     if not items:
@@ -4435,6 +5892,8 @@ class ChunksFace:
                 return [self._chunk({"reasoning_content": text})]
             case Closed(_, "function_call", item):
                 return [self._entry("tool_calls", tool_call(item))]
+            case Closed(_, "reasoning", {"reasoning_details": details}):
+                return [self._chunk({"reasoning_details": details})]
             case Sourced(citation):
                 return [self._entry("annotations", annotation(citation))]
             case Pictured(url):
@@ -4476,7 +5935,7 @@ class ChunksFace:
         return chunks
 
 
-def _texts(closed: Iterable[Closed], kind: Kind) -> list[str]:
+def texts_of(closed: Iterable[Closed], kind: Kind) -> list[str]:
     """Return what can be read of the items of a kind."""
     parts = {"message": "content", "reasoning": "summary"}[kind]
     texts = (
@@ -4528,12 +5987,12 @@ class Completion:
         """Return the turn as a `chat.completion` with its items beside it."""
         closed = [self._items[slot] for slot in sorted(self._items)]
         beside = {
-            "reasoning_content": "\n\n".join(_texts(closed, "reasoning")),
+            "reasoning_content": "\n\n".join(texts_of(closed, "reasoning")),
             "tool_calls": _unanswered(closed),
             "annotations": [annotation(citation) for citation in self._citations],
             "images": [_image(url) for url in self._images],
         }
-        text = "\n\n".join(_texts(closed, "message"))
+        text = "\n\n".join(texts_of(closed, "message"))
         message = {"role": "assistant", "content": text, **without_blanks(beside)}
         return {
             "id": new_id("chatcmpl"),
@@ -4551,7 +6010,7 @@ class Completion:
 
 # region 17 Turn ───────────────────────────────────────────────────────────────────────
 # One request's facts, and the one way it goes: prepare, stream, finish.
-# Uses: 01 02 03 04 07 08 11 12 13 14 15 16.
+# Uses: 01 02 03 04 07 08 09 10 11 12 13 14 15 16.
 
 _ATTEMPTS = 3
 
@@ -4599,7 +6058,7 @@ class Turn:
         tools: object = None,
     ) -> Turn:
         """Read the arguments of `pipe()` (open-webui.md 3)."""
-        facts, meta = as_object(body), as_object(metadata)
+        facts, meta, person = as_object(body), as_object(metadata), as_object(user)
         is_chat = bool(meta.get("chat_id") and meta.get("message_id"))
         model_name = as_text(facts.get("model"))
         return cls(
@@ -4610,13 +6069,19 @@ class Turn:
             model_name=model_name,
             is_streamed=bool(facts.get("stream")),
             chat_id=as_text(meta.get("chat_id")),
-            user_id=as_text(as_object(user).get("id")),
+            user_id=as_text(person.get("id")),
             body=facts,
             metadata=meta,
             request=request,
             emitter=emitter if is_chat and not task else None,
             tools=as_object(tools),
         )
+
+    @property
+    def is_kept(self) -> bool:
+        """Say whether what the provider needs again has a place to be kept."""
+        is_channel = self.chat_id.startswith("channel:")
+        return self.caller is Caller.CHAT and bool(self.user_id) and not is_channel
 
     def face(self) -> Face:
         """Return the way this turn is shown."""
@@ -4708,6 +6173,352 @@ def _pause(state: RetryCallState) -> float:
     """Return the seconds to wait: 0.5, then 1, or longer where upstream says so."""
     wanted = _error_of(state).retry_after or 0.0
     return max(wanted, 0.5 * 2 ** (state.attempt_number - 1))
+
+
+_REFUSALS = re.compile(
+    r"signature|thinking block|encrypted.content|could not be (verified|decrypted)"
+    r"|required following item|items are not persisted",
+    re.IGNORECASE,
+)
+
+_REPAIRED = "The provider did not accept its earlier reasoning; it was left out."
+
+
+def _is_reasoning(item: JsonObject) -> bool:
+    return item.get("type") == "reasoning"
+
+
+def is_replay_refusal(error: BaseException, request: JsonObject) -> bool:
+    """Say whether a provider refused the reasoning in a request (openrouter.md 8.4)."""
+    if not isinstance(error, PipeError) or not _REFUSALS.search(error.detail):
+        return False
+    return any(map(_is_reasoning, as_objects(request.get("input"))))
+
+
+def without_reasoning(request: JsonObject) -> JsonObject:
+    """Return a request without any replayed reasoning."""
+    items = as_objects(request.get("input"))
+    return {**request, "input": [item for item in items if not _is_reasoning(item)]}
+
+
+class _Pull:
+    """Draw batches from a generator, each when it is asked for, in one task.
+
+    A batch can so be waited for beside something else, and what the generator opens is
+    closed by the task that opened it.
+    """
+
+    def __init__(self, batches: AsyncGenerator[list[Output], None]) -> None:
+        self._batches = batches
+        self._asked = asyncio.Event()
+        self._reply: asyncio.Future[list[Output]] | None = None
+
+    async def __aenter__(self) -> Self:
+        self.task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+    def next(self) -> asyncio.Future[list[Output]]:
+        """Return the batch to come; at the end only `task` is done."""
+        if self._reply is None:
+            self._reply = asyncio.get_running_loop().create_future()
+            self._asked.set()
+        return self._reply
+
+    def take(self) -> list[Output]:
+        """Return the batch that has come, so that the next one can be asked for."""
+        batch, self._reply = self.next().result(), None
+        return batch
+
+    async def _run(self) -> None:
+        await self._wanted()
+        async with aclosing(self._batches):
+            async for batch in self._batches:
+                if self._reply is not None and not self._reply.done():
+                    self._reply.set_result(batch)
+                await self._wanted()
+
+    async def _wanted(self) -> None:
+        await self._asked.wait()
+        self._asked.clear()
+
+
+_SETTLE_SECONDS = 5.0
+
+_NOT_KEPT = (
+    "This server's database is not available: the answer goes on, but the model's "
+    "reasoning may be missing later."
+)
+
+
+@dataclass(slots=True)
+class _Placed:
+    """An artifact, its marker, and whether its row is kept."""
+
+    position: float  # among the slots
+    marker: Marker
+    is_kept: bool = False
+
+
+class Keeper:
+    """Keep one turn's artifacts: collected as items finish, written beside the stream.
+
+    A marker is shown once its row is kept: what a client has seen is there.
+    """
+
+    def __init__(self, turn: Turn, memory: Memory) -> None:
+        self._turn = turn
+        self._memory = memory
+        self._recalled: dict[str, JsonObject] = {}
+        self._fresh: list[Artifact] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._anchors: dict[int, list[_Placed]] = {}  # by the slot that shows them
+        self._loose: list[tuple[float, JsonObject]] = []  # hosted items without one
+        self._closed: dict[int, Closed] = {}
+        self._due: set[int] = set()  # slots whose markers have changed
+        self._slots = 0
+        self._round_begin = self._text_begin = 0
+        self._cards: set[str] = set()  # ids of calls that only show a hosted tool
+        self._phased: tuple[str, int] | None = None
+
+    # Before
+
+    async def recall(self) -> dict[str, JsonObject]:
+        """Return what the conversation's markers stand for, as far as it goes back."""
+        turn = self._turn
+        if not turn.is_kept:
+            return {}
+        policy = turn.settings.PERSIST_REASONING_TOKENS
+        wanted = wanted_markers(turn.body.get("messages"), policy)
+        artifacts = await self._memory.recall(wanted, turn.user_id)
+        self._recalled = {
+            artifact.id: replayed(artifact.item)
+            for artifact in artifacts
+            if artifact.model == turn.model_id
+            and self._is_allowed(artifact.item)
+            and is_replayed(artifact.item, in_loop=wanted[artifact.id])
+        }
+        if len(self._recalled) < len(wanted):
+            LOG.info("Recalled %d of %d items", len(self._recalled), len(wanted))
+        return self._recalled
+
+    def accepted(self, request: JsonObject) -> JsonObject:
+        """Return a request without what its provider has refused before."""
+        items = as_objects(request.get("input"))
+        kept = [item for item in items if not self._is_refused(item)]
+        return request if len(kept) == len(items) else {**request, "input": kept}
+
+    async def forget(self, request: JsonObject) -> None:
+        """Remember that the provider did not take the reasoning in a request."""
+        items = filter(_is_reasoning, as_objects(request.get("input")))
+        self._memory.refuse(self._turn.chat_id, items)
+        ids = [id_ for id_, item in self._recalled.items() if _is_reasoning(item)]
+        await self._memory.forget(ids, self._turn.user_id)
+
+    def _is_refused(self, item: JsonObject) -> bool:
+        return _is_reasoning(item) and self._memory.is_refused(self._turn.chat_id, item)
+
+    def _is_allowed(self, item: JsonObject) -> bool:
+        settings = self._turn.settings
+        if _is_reasoning(item):
+            return settings.PERSIST_REASONING_TOKENS != "disabled"
+        return settings.PERSIST_TOOL_RESULTS
+
+    # During
+
+    async def kept(
+        self, batches: AsyncGenerator[list[Output], None]
+    ) -> AsyncGenerator[list[Output], None]:
+        """Yield a turn's outputs, each marker as soon as its row is kept."""
+        try:
+            async with _Pull(batches) as pull:
+                while batch := await self._next(pull):
+                    if not isinstance(batch[-1], (Finished, Failed)):
+                        yield batch
+                        continue
+                    yield [*batch[:-1], *await self._settled(batch[-1]), batch[-1]]
+        finally:
+            await self._written(_SETTLE_SECONDS)
+
+    async def _next(self, pull: _Pull) -> list[Output] | None:
+        """Return the next batch, or markers if those are ready first."""
+        batch = pull.next()
+        while not batch.done() and not pull.task.done():
+            if marked := self._marked():
+                return marked
+            waits = {batch, pull.task, self._writing} - {None}
+            await asyncio.wait(
+                cast("set[asyncio.Future[object]]", waits),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        if batch.done():
+            return self._taken(pull.take())
+        await pull.task  # raises what the generator raised
+        return None
+
+    def _taken(self, outputs: list[Output]) -> list[Output]:
+        """Collect what outputs ask to keep; add the markers that are ready."""
+        for output in outputs:
+            match output:
+                case Opened(slot, kind, _):
+                    self._opened(slot, kind)
+                case Closed():
+                    self._note_closed(output)
+                case Keep(slot, item):
+                    self._collect(slot, item)
+                case _:
+                    pass
+        ready = self._marked()
+        *most, last = outputs
+        return [*most, *ready, last] if ready else outputs
+
+    def _note_closed(self, closed: Closed) -> None:
+        """Note what the chat holds; results part an answer into several messages."""
+        self._closed[closed.slot] = closed
+        call_id = as_text(closed.item.get("call_id"))
+        if closed.kind == "card":
+            self._cards.add(call_id)
+        elif closed.kind == "output":
+            self._text_begin = closed.slot + 1
+            if call_id not in self._cards:
+                self._round_begin = closed.slot + 1
+
+    def _opened(self, slot: int, kind: Kind) -> None:
+        self._slots = max(self._slots, slot + 1)
+        if kind == "reasoning":
+            self._anchors[slot] = []
+            for position, item in self._loose:
+                self._place(slot, position, item)
+            self._loose = []
+
+    def _collect(self, slot: int | None, item: JsonObject) -> None:
+        type_ = as_text(item.get("type"))
+        if slot is not None and type_ == "message":
+            self._note_phase(slot, as_text(item.get("phase")))
+        if type_ in ("message", "function_call") or not self._is_allowed(item):
+            return
+        position = self._slots - 0.5 if slot is None else slot
+        if not self._memory.can_keep(item) or not is_replayed(item, in_loop=True):
+            return
+        if slot in self._anchors:
+            self._place(slot, position, item)
+        elif near := [s for s in self._anchors if self._round_begin <= s < position]:
+            self._place(max(near), position, item)
+        else:
+            self._loose.append((position, item))
+
+    def _place(self, anchor: int, position: float, item: JsonObject) -> None:
+        """Give an item an id and a place; the last of a position counts."""
+        turn, id_ = self._turn, str(ULID())
+        marker = Marker(id_, as_text(item.get("format")), *self._where(position))
+        others = [p for p in self._anchors[anchor] if p.position != position]
+        placed = [*others, _Placed(position, marker)]
+        self._anchors[anchor] = sorted(placed, key=lambda each: each.position)
+        self._fresh.append(
+            Artifact(id_, turn.user_id, turn.chat_id, turn.model_id, item)
+        )
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+
+    def _where(self, position: float) -> tuple[int, str]:
+        """Return the text before a position of this round, and the call it follows."""
+        before = [
+            self._closed[slot]
+            for slot in sorted(self._closed)
+            if self._text_begin <= slot < position
+        ]
+        texts = texts_of(before, "message")
+        if not self._text_begin:
+            texts = [*filter(None, [self._prefix()]), *texts]
+        calls = [c.item["call_id"] for c in before if c.kind == "function_call"]
+        return len("\n".join(texts)), calls[-1] if calls else ""
+
+    def _prefix(self) -> str:
+        """Return the text of an answer that is being continued."""
+        last = as_object((as_list(self._turn.body.get("messages")) or [None])[-1])
+        return as_text(last.get("content")) if last.get("role") == "assistant" else ""
+
+    def _note_phase(self, slot: int, phase: str) -> None:
+        """Write a text's phase to the marker before it, the only place it survives."""
+        behind = [
+            (placed.position, anchor, placed)
+            for anchor, all_ in self._anchors.items()
+            for placed in all_
+            if placed.position < slot
+        ]
+        if not phase or not behind:
+            return
+        _, anchor, placed = max(behind, key=lambda each: each[0])
+        # Texts of one round come back as one.
+        is_next = self._phased == (placed.marker.id, self._text_begin)
+        earlier = placed.marker.phases[:-1] if is_next else placed.marker.phases
+        self._phased = (placed.marker.id, self._text_begin)
+        placed.marker = placed.marker._replace(phases=(*earlier, phase))
+        if placed.is_kept:
+            self._due.add(anchor)
+
+    def _marked(self) -> list[Output]:
+        """Return the items that get markers, as far as the chat holds them."""
+        ready = [slot for slot in sorted(self._due) if slot in self._closed]
+        self._due.difference_update(ready)
+        return [self._with_markers(self._closed[slot]) for slot in ready]
+
+    def _with_markers(self, closed: Closed) -> Closed:
+        kept = [placed for placed in self._anchors[closed.slot] if placed.is_kept]
+        details = [write_marker(placed.marker) for placed in kept]
+        return closed._replace(item={**closed.item, "reasoning_details": details})
+
+    # Behind
+
+    async def _write(self) -> None:
+        """Write what has been collected, and what is while that is written."""
+        while fresh := self._fresh:
+            self._fresh = []
+            if not await self._memory.keep(fresh):
+                continue
+            ids = {artifact.id for artifact in fresh}
+            for anchor, all_ in self._anchors.items():
+                for placed in all_:
+                    if placed.marker.id in ids:
+                        placed.is_kept = True
+                        self._due.add(anchor)
+        self._writing = None
+
+    async def _written(self, seconds: float) -> None:
+        """Wait for rows that are being written; they are even if we no longer wait."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing], timeout=seconds)
+
+    async def _settled(self, end: Finished | Failed) -> list[Output]:
+        """Return the last markers, once every row is kept, and what went wrong."""
+        carried = self._carried(end)
+        await self._written(_SETTLE_SECONDS)
+        missing = any(not p.is_kept for all_ in self._anchors.values() for p in all_)
+        told = self._memory.has_news(self._turn.chat_id) or missing
+        notes = [Noted(_NOT_KEPT)] if told and self._anchors else []
+        return [*carried, *self._marked(), *notes]
+
+    def _carried(self, end: Finished | Failed) -> list[Output]:
+        """Return an item that carries markers of hosted tools, if nothing else can."""
+        goes_on = isinstance(end, Finished) and end.reason == "tool_calls"
+        carried = [each for each in self._loose if goes_on or is_resumed(each[1])]
+        self._loose = []
+        if not carried:
+            return []
+        slot = self._slots
+        names = dict.fromkeys(as_text(item.get("type")) for _, item in carried)
+        text = f"Used {', '.join(names)}."
+        shown: JsonObject = {"id": new_id("rs"), "type": "reasoning", "content": []}
+        shown |= {"summary": [{"type": "summary_text", "text": text}], "duration": 0}
+        opened = Opened(slot, "reasoning", {**shown, "status": "in_progress"})
+        self._closed[slot] = Closed(slot, "reasoning", {**shown, "status": "completed"})
+        self._slots, self._anchors[slot] = slot + 1, []
+        for position, item in carried:
+            self._place(slot, position, item)
+        return [opened, self._closed[slot]]
 
 
 def rounds_so_far(messages: object) -> int:
@@ -4811,7 +6622,10 @@ _BEYOND_LIMIT = "Error: the limit of tool calls is reached. Answer with what you
 class Transcript:
     """What a turn has said, called and learnt so far, over all of its rounds."""
 
-    def __init__(self, turn: Turn, box: Toolbox, messages: object = ()) -> None:
+    def __init__(
+        self, turn: Turn, box: Toolbox, keeper: Keeper, messages: object = ()
+    ) -> None:
+        self.keeper = keeper
         self.relay = Relay(call_ids(messages))
         self.end: Finished | Failed = Failed(ConnectionLost())
         self.usage: JsonObject | None = None
@@ -4878,8 +6692,10 @@ class Transcript:
                 self.usage = summed_usage(self.usage, output.usage)
             case Keep(None, item):
                 self._unseen.append(item)
+                return [output]
             case Keep(int(slot), item):
                 self._kept[slot] = item
+                return [output]
             case Opened(slot, "function_call", item):
                 self._items[slot] = item
                 return [output]
@@ -5059,21 +6875,50 @@ def tool_scene(turn: Turn, box: Toolbox, card: ModelCard) -> ToolScene:
 class Conversation:
     """Lead a turn from the request to its last output."""
 
-    def __init__(self, gateway: Gateway, catalog: Catalog) -> None:
+    def __init__(self, gateway: Gateway, catalog: Catalog, memory: Memory) -> None:
         self._gateway = gateway
         self._catalog = catalog
         self._guards = ToolGuards()
+        self._memory = memory
+        self._costs = CostExport()
 
     async def run(self, turn: Turn) -> AsyncGenerator[list[Output], None]:
         """Yield a turn's outputs as they come; the last is Finished or Failed.
 
+        What the provider needs again is kept beside them.
+        """
+        keeper = Keeper(turn, self._memory)
+        batches = self._answer(turn, keeper)
+        async with aclosing(keeper.kept(batches) if turn.is_kept else batches) as all_:
+            async for batch in all_:
+                if isinstance(batch[-1], (Finished, Failed)):
+                    await self._export_costs(turn, batch[-1].usage)
+                yield batch
+
+    async def _export_costs(self, turn: Turn, usage: JsonObject | None) -> None:
+        if usage and turn.settings.COSTS_REDIS_DUMP:
+            facts = {
+                "at": int(time.time()),
+                "user_id": turn.user_id,
+                "chat_id": turn.chat_id,
+                "model": turn.model_id,
+                "task": turn.task,
+                **cost_facts(usage),
+            }
+            await self._costs.record(turn.settings, facts)
+
+    async def _answer(
+        self, turn: Turn, keeper: Keeper
+    ) -> AsyncGenerator[list[Output], None]:
+        """Yield a turn's outputs.
+
         Failures become outputs: what was shown before them stays.
         """
         box = toolbox(turn)
-        story = Transcript(turn, box)
+        story = Transcript(turn, box, keeper)
         try:
-            story = Transcript(turn, box, turn.body.get("messages"))
-            request, notes, card = await self._prepare(turn, box)
+            story = Transcript(turn, box, keeper, turn.body.get("messages"))
+            request, notes, card = await self._prepare(turn, box, keeper)
             if notes:
                 yield [Noted(note) for note in notes]
             async with ToolRunner(tool_scene(turn, box, card), self._guards) as tools:
@@ -5142,13 +6987,14 @@ class Conversation:
         return completion
 
     async def _prepare(
-        self, turn: Turn, box: Toolbox
+        self, turn: Turn, box: Toolbox, keeper: Keeper
     ) -> tuple[JsonObject, tuple[str, ...], ModelCard]:
         """Return the request, notes about what it leaves out, and the model."""
         settings = turn.settings
         api_key(settings)  # the reason that needs no network comes first
         card = known_model(await self._catalog.models(settings), turn.model_id)
-        chat = build_input(turn.body.get("messages"), card)
+        recalled = await keeper.recall()
+        chat = build_input(turn.body.get("messages"), card, recalled)
         items = bounded_results(chat.items, settings.TOOL_RESULT_MAX_CHARS)
         body = offered_body(turn, card, box)
         request = build_request(
@@ -5164,6 +7010,23 @@ class Conversation:
     async def _begin(
         self, turn: Turn, request: JsonObject, story: Transcript
     ) -> tuple[Answer, list[Output]]:
+        """Return an answer that has begun to show, if need be after one repair."""
+        request = story.keeper.accepted(request)
+        try:
+            return await self._begin_as_it_is(turn, request, story)
+        except PipeError as error:
+            if not is_replay_refusal(error, request):
+                raise
+            LOG.info("Earlier reasoning was refused: %s", render_error(error))
+        await turn.note(_REPAIRED)
+        bare = without_reasoning(request)
+        begun = await self._begin_as_it_is(turn, bare, story)
+        await story.keeper.forget(request)
+        return begun
+
+    async def _begin_as_it_is(
+        self, turn: Turn, request: JsonObject, story: Transcript
+    ) -> tuple[Answer, list[Output]]:
         """Return an answer that has begun to show; nothing was shown before."""
 
         async def announce(state: RetryCallState) -> None:
@@ -5175,7 +7038,10 @@ class Conversation:
         retrying = AsyncRetrying(
             stop=stop_after_attempt(_ATTEMPTS),
             wait=_pause,
-            retry=retry_if_exception(_is_worth_another_try),
+            retry=retry_if_exception(
+                lambda error: _is_worth_another_try(error)
+                and not is_replay_refusal(error, request)
+            ),
             before_sleep=announce,
             reraise=True,
         )
@@ -5209,7 +7075,7 @@ class Conversation:
 
 # region 18 Runtime ────────────────────────────────────────────────────────────────────
 # What lives as long as the plugin does: built on first use, closed with the last turn.
-# Uses: 01 02 07 08 17.
+# Uses: 01 02 07 08 10 17.
 
 
 class Runtime:
@@ -5220,13 +7086,15 @@ class Runtime:
         self._tasks: set[asyncio.Task[None]] = set()
         self._gateway = Gateway()
         self.catalog = Catalog(self._gateway, self.spawn)
-        self.conversation = Conversation(self._gateway, self.catalog)
+        self._memory = Memory(self.spawn)
+        self.conversation = Conversation(self._gateway, self.catalog, self._memory)
 
     def refresh(self, settings: Settings) -> None:
         """Take note of the settings and of the loop that everything runs on."""
         self._loop = asyncio.get_running_loop()
         if LOG.level != getattr(logging, settings.LOG_LEVEL):  # setting it is dear
             LOG.setLevel(settings.LOG_LEVEL)
+        self._memory.refresh(settings)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a background task that ends with the runtime at the latest."""
@@ -5243,6 +7111,7 @@ class Runtime:
 
     async def aclose(self) -> None:
         """End the background tasks and close every connection."""
+        await self._memory.aclose()
         others = self._tasks - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -5304,7 +7173,7 @@ class Pipe:
             __task__,
             __tools__,
         )
-        self._runtime.refresh(turn.settings)
+        self._runtime.refresh(self.valves)
         if not turn.is_streamed:
             return await self._whole(turn)
         if turn.caller is Caller.API:
