@@ -2706,12 +2706,12 @@ class Outbox:
 
     async def load(self, ids: Collection[str], user_id: str) -> list[Sealed]:
         """Return the rows of a user that can be had: while the table is down, some."""
-        held = [row for id_ in ids if (row := self._held.get(id_))]
+        rest = set(ids) - self._held.keys()
+        held = [self._held[id_] for id_ in set(ids) - rest]
         found = [row for row in held if row.user_id == user_id]
-        if self.outage.is_on or len(held) == len(ids):
+        if self.outage.is_on or not rest:
             return found
         try:
-            rest = set(ids) - {row.id for row in held}
             return [*found, *await self.table.load(rest, user_id)]
         except StoreDown as error:
             self.outage.begin(error)
@@ -2849,14 +2849,13 @@ class RedisJournal:
 
     async def load(self, ids: Collection[str], user_id: str) -> list[Sealed]:
         """Return the rows of a user that there are, the recent ones by Redis."""
-        mine = [entry[1] for id_ in ids if (entry := self._unconfirmed.get(id_))]
-        known = {row.id for row in mine}
-        recent = [id_ for id_ in ids if id_ not in known and self._is_recent(id_)]
-        if recent and self._is_up:
-            mine += await self._cached(recent)
+        waiting = self._unconfirmed
+        mine = [waiting[id_][1] for id_ in waiting.keys() & set(ids)]
+        recent = filter(self._is_recent, set(ids) - waiting.keys())
+        mine += await self._cached(list(recent))
         rest = set(ids) - {row.id for row in mine}
         found = [row for row in mine if row.user_id == user_id]
-        return [*found, *(await self._store.load(rest, user_id) if rest else ())]
+        return [*found, *await self._store.load(rest, user_id)]
 
     async def drop(self, ids: Collection[str], user_id: str) -> None:
         """Forget rows of a user."""
@@ -2925,7 +2924,7 @@ class RedisJournal:
     async def _drain(self) -> None:
         """Write everything that waits, a batch in one transaction."""
         while entries := await self._entries():
-            rows = [row for _, data in entries if (row := unpack_row(data))]
+            rows = list(filter(None, [unpack_row(data) for _, data in entries]))
             if len(rows) < len(entries):
                 LOG.error("%d entries of Redis are no rows", len(entries) - len(rows))
             try:
@@ -2994,13 +2993,15 @@ class RedisJournal:
                 await pipe.execute()
 
     async def _cached(self, ids: Sequence[str]) -> list[Sealed]:
+        if not ids or not self._is_up:
+            return []
         try:
             with _stored():
                 async with asyncio.timeout(_REDIS_SECONDS):
                     found = await self._client.mget([self._cache + id_ for id_ in ids])
         except StoreDown:
             return []
-        return [row for data in found if (row := unpack_row(data))]
+        return list(filter(None, map(unpack_row, found)))
 
     async def _rescue(self, older_seconds: float) -> None:
         """Write rows directly that nobody has confirmed: Redis may have lost them."""

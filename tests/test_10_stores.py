@@ -63,6 +63,7 @@ class Spawned:
         return self.tasks[-1]
 
     async def end(self) -> None:
+        await asyncio.sleep(0.1)  # a connection that is cancelled is not closed
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)

@@ -331,9 +331,11 @@ def test_a_temporary_chat_goes_on(admin: Account, simulator: Simulator) -> None:
 
 
 @pytest.mark.parametrize("model", [OPENAI, CLAUDE, GEMINI])
+@pytest.mark.parametrize("execution", ["pipe", "open_webui"])
 def test_a_tool_loop_replays_the_whole_block(
-    admin: Account, simulator: Simulator, model: str
+    admin: Account, simulator: Simulator, valves: JSON, model: str, execution: str
 ) -> None:
+    admin.set_valves("openrouter", {**valves, "TOOL_EXECUTION": execution})
     body = {"id": "weather", "name": "Weather", "content": TOOL}
     admin.call("POST", "/api/v1/tools/create", {**body, "meta": {"description": ""}})
     simulator.script(compose(thought("I need it.", 2), function_call(OSLO)))
