@@ -7037,8 +7037,10 @@ class Conversation:
             stop=stop_after_attempt(_ATTEMPTS),
             wait=_pause,
             retry=retry_if_exception(
-                lambda error: _is_worth_another_try(error)
-                and not is_replay_refusal(error, request)
+                lambda error: (
+                    _is_worth_another_try(error)
+                    and not is_replay_refusal(error, request)
+                )
             ),
             before_sleep=announce,
             reraise=True,
