@@ -233,8 +233,9 @@ def test_a_chat_that_does_not_stream_is_stored_alike(
     )
 
     assert whole.text == streamed.text == "The answer."
+    own = {"id": "", "duration": 0, "reasoning_details": None}  # each chat's own
     shapes = [
-        [{**item, "id": "", "duration": 0} for item in chat.output]
+        [{**item, **own, "marked": "reasoning_details" in item} for item in chat.output]
         for chat in (streamed, whole)
     ]
     assert shapes[0] == shapes[1]

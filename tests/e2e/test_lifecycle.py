@@ -70,6 +70,11 @@ def own_threads(names: list[str]) -> list[str]:
     return [name for name in names if not name.startswith(POOLS)]
 
 
+def upkeep_alone(tasks: list[str]) -> bool:
+    """Say whether nothing runs but what the one living instance may keep running."""
+    return tasks in ([], ["Memory._keep_house"])
+
+
 # Saving while a chat runs -------------------------------------------------------------
 
 
@@ -104,7 +109,8 @@ def test_saved_again_a_running_chat_ends_and_the_old_instance_goes(
     assert len(before["modules"]) == len(after["modules"]) == 1
     assert len(after["pipes"]) == 1
     assert after["modules"] != before["modules"]
-    assert after["tasks"] == before["tasks"] == []
+    assert upkeep_alone(after["tasks"])
+    assert upkeep_alone(before["tasks"])
     assert own_threads(after["threads"]) == own_threads(before["threads"])
 
 
@@ -128,7 +134,7 @@ def test_deleted_nothing_of_it_stays(
     # Open WebUI keeps the module itself in `sys.modules`, and so its classes.
     assert len(probe()["pipes"]) == 1
     assert "openother" not in probe()["pipes"][0]
-    assert probe()["tasks"] == []
+    assert upkeep_alone(probe()["tasks"])
 
 
 def test_many_chats_use_few_connections(
@@ -238,13 +244,13 @@ def test_a_key_that_cannot_work_is_never_sent(
 def test_a_user_chats_with_a_shared_model_and_sees_no_valves(
     webui: OpenWebUI, admin: Account, simulator: Simulator
 ) -> None:
-    user = webui.add_user()
-    assert MODEL not in user.models()
-    admin.share_model(MODEL)
+    user, model = webui.add_user(), "openrouter.openai/gpt-4o-mini"
+    assert model not in user.models()
+    admin.share_model(model)
     try:
-        chat = user.chat(MODEL, "Hello")
+        chat = user.chat(model, "Hello")
     finally:
-        admin.call("POST", "/api/v1/models/model/delete", {"id": MODEL})
+        admin.call("POST", "/api/v1/models/model/delete", {"id": model})
 
     assert chat.text
     assert len(simulator.posts) == 1
