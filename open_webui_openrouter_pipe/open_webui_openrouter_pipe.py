@@ -160,6 +160,11 @@ def as_object(value: object) -> JsonObject:
     return cast(JsonObject, value) if isinstance(value, dict) else {}
 
 
+def is_object_text(text: str) -> bool:
+    """Say whether a text is a JSON object: providers take no other arguments."""
+    return isinstance(parse_json(text), dict)
+
+
 def as_list(value: object) -> list[Any]:
     """Return a JSON array as it is, and anything else as an empty one."""
     return cast("list[Any]", value) if isinstance(value, list) else []
@@ -3471,7 +3476,7 @@ class _InputWriter:
         function = as_object(call.get("function"))
         if ":" in as_text(function.get("name")):
             return  # the card of a hosted tool, which is no function
-        arguments = function.get("arguments") or "{}"
+        arguments = function.get("arguments")
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments)
         self.items.append(
@@ -3479,7 +3484,7 @@ class _InputWriter:
                 "type": "function_call",
                 "call_id": as_text(call.get("id")),
                 "name": as_text(function.get("name")),
-                "arguments": arguments,
+                "arguments": arguments if is_object_text(arguments) else "{}",
             }
         )
 
@@ -3963,6 +3968,8 @@ def _identity(tool: JsonObject) -> tuple[str, str]:
         return "", as_text(tool["name"])
     if kind == "mcp":
         return kind, as_text(tool.get("server_label"))
+    if kind.startswith("openrouter:"):
+        return kind, ""
     return kind, json.dumps(tool, sort_keys=True)
 
 
@@ -4010,9 +4017,14 @@ def without_search(tools: Iterable[object]) -> list[object]:
 _MOST_RESULTS = {"perplexity": 20}
 
 
-def _refuses_search(card: ModelCard, effort: str) -> bool:
+def refuses_search(card: ModelCard, effort: str) -> bool:
     """Say whether the provider takes no search with an effort (openrouter.md 7)."""
     return effort == "minimal" and card.id.startswith("openai/")
+
+
+def is_search(tool: object) -> bool:
+    """Say whether a tool is a web search that OpenRouter or a provider runs."""
+    return "web_search" in as_text(as_object(tool).get("type"))
 
 
 def search_tool(
@@ -4020,7 +4032,7 @@ def search_tool(
 ) -> JsonObject | None:
     """Return OpenRouter's web search, if this chat and this model get it."""
     wanted = {"off": False, "when_asked": is_asked, "always": True}
-    if not wanted[valves.ENABLE_WEB_SEARCH_TOOL] or _refuses_search(card, effort):
+    if not wanted[valves.ENABLE_WEB_SEARCH_TOOL] or refuses_search(card, effort):
         return None
     engine, most = valves.WEB_SEARCH_ENGINE, valves.WEB_SEARCH_MAX_RESULTS
     parameters: JsonObject = {"max_results": min(most, _MOST_RESULTS.get(engine, most))}
@@ -4046,10 +4058,18 @@ def _is_known_kind(entry: JsonObject) -> bool:
     return is_here and as_text(entry.get("type")) in _RUNNABLE_TYPES
 
 
+def _is_connected(entry: JsonObject) -> bool:
+    """Say whether an MCP server can be reached.
+
+    Open WebUI hangs up before the stream of an API client begins.
+    """
+    return getattr(entry.get("client"), "client", True) is not None
+
+
 def is_runnable(name: str, entry: JsonObject) -> bool:
     """Say whether calling an entry of `__tools__` is all that it takes."""
     is_ours = name not in _HOST_ONLY and _is_known_kind(entry)
-    return is_ours and callable(entry.get("callable"))
+    return is_ours and callable(entry.get("callable")) and _is_connected(entry)
 
 
 def schema_of(entry: JsonObject | None) -> JsonObject:
@@ -4128,6 +4148,7 @@ def _python_objects(text: str) -> list[object]:
     """Return what some models write instead of JSON: `{'a': True}`."""
     try:
         value = ast.literal_eval(text) if len(text) <= _LITERAL_LIMIT else None
+        value = json.loads(json.dumps(value))  # no sets, no bytes
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return []
     return [cast(JsonObject, value)] if isinstance(value, dict) else []
@@ -4181,12 +4202,14 @@ class Call:
     is_mended: bool = False
 
 
-def _planned_call(box: Toolbox, name: str, written: Arguments) -> Call:
+def _planned_call(
+    box: Toolbox, name: str, written: Arguments, *, is_json: bool
+) -> Call:
     verdict, problem = box.judge(name)
     schema = box.schema(name)
     values = without_nulls(written.values, schema, schema)
     wrong = problem or written.problem
-    is_mended = values != written.values
+    is_mended = not written.problem and (values != written.values or not is_json)
     verdict = "answer" if wrong else verdict
     return Call(None, new_id("call"), name, values, wrong, verdict, is_mended)
 
@@ -4196,7 +4219,8 @@ def planned_calls(
 ) -> list[Call]:
     """Return what one function call item asks for, and who does it."""
     parsed = parse_arguments(text, name)
-    first, *more = (_planned_call(box, name, written) for written in parsed)
+    is_json = is_object_text(text.strip() or "{}")
+    first, *more = (_planned_call(box, name, w, is_json=is_json) for w in parsed)
     is_left = box.judge(name)[0] == "leave"
     if is_left and (more or first.problem):  # whoever runs it reads it as it is
         return [Call(slot, call_id, name, {})]
@@ -4473,7 +4497,8 @@ class _Finisher:
             call.name, call.arguments, text, scene.emitter
         )
         cited = await self._cite(host, call, text)
-        whole = host.tool_result_content(text) or "(The tool returned nothing.)"
+        whole = whole_text(host.tool_result_content(text))
+        whole = whole or "(The tool returned nothing.)"
         status = _STATUS[bool(host._is_tool_result_error(whole))]
         shown = cut_text(whole, scene.valves.TOOL_RESULT_MAX_CHARS)
         kept = [*await self._file_of(call, whole, shown), *files]
@@ -4722,8 +4747,9 @@ class ToolRunner:
             return refused(call, f"Error: {call.name} was cancelled."), False
         except Exception as error:  # a tool may raise anything; the model reads it
             LOG.info("The tool %s raised %s", call.name, type(error).__name__)
-            words = cut_text(str(error) or type(error).__name__, 10_000)
-            return refused(call, json.dumps({"error": words}, indent=2)), True
+            words = cut_text(whole_text(str(error)) or type(error).__name__, 10_000)
+            told = json.dumps({"error": words}, indent=2, ensure_ascii=False)
+            return refused(call, told), True
 
     async def _watched(self, call: Call) -> Any:
         return await watched(self._made(call), call.name)
@@ -4744,8 +4770,9 @@ class ToolRunner:
         function = await get_updated_tool_function(entry["callable"], fresh)
         try:
             return await _collected(function(**arguments))
-        except SystemExit as error:
-            raise RuntimeError("the tool wanted to end the server") from error
+        except (SystemExit, KeyboardInterrupt, BaseExceptionGroup) as error:
+            text = f"the tool raised {type(error).__name__}: {error}"
+            raise RuntimeError(text) from error  # and does not end the server
 
 
 # endregion
@@ -4934,6 +4961,8 @@ def build_request(
 
 def _replayed(item: JsonObject) -> JsonObject:
     """Return an item of this turn as it goes back: verbatim, but for what must be."""
+    if not is_object_text(as_text(item.get("arguments")) or "{}"):
+        return {**item, "arguments": "{}"}  # the call's result says what was wrong
     if item.get("type") != "reasoning":
         return item
     return {"id": new_id("rs"), "summary": [], **without_none(item)}
@@ -6560,12 +6589,11 @@ def summed_usage(
     return total | without_none(last)
 
 
-def runs_tools(turn: Turn) -> bool:
-    """Say whether tools run here. Chunks in a chat cannot show results."""
-    shows_chunks = turn.settings.STREAM_FORMAT == "chunks" and turn.is_streamed
-    if turn.caller is Caller.CHAT and shows_chunks:
-        return False
-    return turn.settings.TOOL_EXECUTION == "pipe" and turn.caller is not Caller.TASK
+def shows_results(turn: Turn) -> bool:
+    """Say whether results of tools have a place: in chunks for a chat they do not."""
+    is_chunks = turn.settings.STREAM_FORMAT == "chunks" and turn.is_streamed
+    chunked = {Caller.CHAT: is_chunks, Caller.API: False, Caller.TASK: True}
+    return not chunked[turn.caller]
 
 
 def toolbox(turn: Turn) -> Toolbox:
@@ -6574,8 +6602,8 @@ def toolbox(turn: Turn) -> Toolbox:
     is_chat = turn.caller is Caller.CHAT
     return Toolbox(
         entries={name: as_object(entry) for name, entry in turn.tools.items()},
-        runs=runs_tools(turn),
-        asks=as_text(params.get("tool_approval_mode")) not in ("", "full"),
+        runs=turn.settings.TOOL_EXECUTION == "pipe" and shows_results(turn),
+        asks=params.get("tool_approval_mode") not in (None, "", "full"),
         can_leave=turn.is_streamed or not is_chat,
         is_client=not is_chat,
         strict=is_chat and turn.settings.ENABLE_STRICT_TOOL_CALLING,
@@ -6599,21 +6627,25 @@ def _with_hosted(turn: Turn, card: ModelCard, tools: list[Any]) -> list[Any]:
         tools = [*tools, *mcp_tools(turn.settings.REMOTE_MCP_SERVERS_JSON)]
     features = as_object(turn.metadata.get("features"))
     reasoning = as_object(reasoning_options(turn.body, card).get("reasoning"))
-    search = search_tool(
-        turn.settings,
-        card,
-        as_text(reasoning.get("effort")),
-        is_asked=features.get("web_search") is True,
-    )
+    effort = as_text(reasoning.get("effort"))
+    if refuses_search(card, effort):
+        tools = [tool for tool in tools if not is_search(tool)]
+    is_asked = features.get("web_search") is True
+    search = search_tool(turn.settings, card, effort, is_asked=is_asked)
     return [*without_search(tools), search] if search else tools
 
 
 def offered_body(turn: Turn, card: ModelCard, box: Toolbox) -> JsonObject:
     """Return the body with the tools that this chat offers to this model."""
     tools = [*_listed_tools(turn, box), *as_list(turn.body.get("extra_tools"))]
-    if turn.caller is not Caller.TASK and not box.asks:  # nobody asks for hosted ones
+    plugins = turn.body.get("plugins")
+    if box.asks:  # OpenRouter's own would run without a word
+        tools = [tool for tool in tools if as_object(tool).get("type") == "function"]
+        plugins = [p for p in as_objects(plugins) if p.get("id") != "web"] or None
+    elif turn.caller is not Caller.TASK:
         tools = _with_hosted(turn, card, tools)
-    return {**turn.body, "tools": offered_tools(tools, strict=box.strict)}
+    offered = offered_tools(tools, strict=box.strict)
+    return {**turn.body, "tools": offered, "plugins": plugins}
 
 
 _BEYOND_LIMIT = "Error: the limit of tool calls is reached. Answer with what you have."
@@ -6635,6 +6667,7 @@ class Transcript:
         self._most = turn.settings.MAX_FUNCTION_CALL_LOOPS
         self._rounds = rounds_so_far(messages) if turn.caller is Caller.CHAT else 0
         self._hides_calls = turn.caller is Caller.API and turn.is_streamed
+        self._shows_results = shows_results(turn)
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -6643,9 +6676,7 @@ class Transcript:
         self._unseen: list[JsonObject] = []
         self._items: dict[int, JsonObject] = {}  # function calls, as the chat has them
         self._mended: dict[int, JsonObject] = {}
-        self._split: set[int] = (
-            set()
-        )  # of the mended ones, those the model wrote as one
+        self._odd: set[int] = set()  # those not written as one JSON object
         self._results: dict[str, Result] = {}
 
     @property
@@ -6718,14 +6749,14 @@ class Transcript:
         calls = [first, *(replace(c, slot=self.relay.take_slot()) for c in more)]
         self.relay.call_ids.update(call.call_id for call in calls)
         self.calls += calls
+        if len(calls) > 1 or not is_object_text(text):
+            self._odd |= {cast(int, call.slot) for call in calls}
         return calls
 
     def _mended_items(self, calls: list[Call]) -> list[Output]:
         """Return the items of calls whose arguments are not as they were written."""
         if len(calls) == 1 and not calls[0].is_mended:
             return []
-        if len(calls) > 1:
-            self._split |= {cast(int, call.slot) for call in calls}
         return [output for call in calls for output in self._mended_item(call)]
 
     def _mended_item(self, call: Call) -> list[Output]:
@@ -6764,7 +6795,7 @@ class Transcript:
 
         Open WebUI would run them, with half of their arguments.
         """
-        if not self._box.runs:
+        if not self._shows_results:
             return []
         planned = {call.slot for call in self.calls}
         return [
@@ -6780,7 +6811,8 @@ class Transcript:
             self._begin_round()
             return request
         self._rounds += 1
-        items = self._kept | {slot: self._mended[slot] for slot in self._split}
+        odd = self._odd & self._mended.keys()
+        items = self._kept | {slot: self._mended[slot] for slot in odd}
         sent = [*self._unseen, *(items[slot] for slot in sorted(items))]
         results = [result.item for result in self._results.values()]
         self._begin_round()

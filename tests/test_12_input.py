@@ -328,9 +328,12 @@ def test_text_beside_a_call_comes_before_it() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "sent"),
-    [("", "{}"), (None, "{}"), ('{"a": 1}', '{"a": 1}'), ({"a": 1}, '{"a": 1}')],
+    [
+        *[("", "{}"), (None, "{}"), ('{"a": 1}', '{"a": 1}'), ({"a": 1}, '{"a": 1}')],
+        *[('{"a": ', "{}"), ("[1]", "{}"), ("{'a': 1}", "{}"), (3, "{}")],
+    ],
 )
-def test_arguments_are_sent_as_text(arguments: Any, sent: str) -> None:
+def test_arguments_are_sent_as_a_json_object(arguments: Any, sent: str) -> None:
     call = {"id": "a", "function": {"name": "get", "arguments": arguments}}
 
     chat = plugin.build_input([says("assistant", "", tool_calls=[call])], ANY)

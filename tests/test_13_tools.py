@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from importlib import import_module
+from types import SimpleNamespace as Client
 from typing import Any
 
 import pytest
@@ -340,6 +341,8 @@ JUDGED: list[tuple[str, JSON, str]] = [
     ("get_time", {**RUNNABLE, "type": "builtin"}, "run"),
     ("remote", {**RUNNABLE, "type": "external"}, "run"),
     ("docs_search", {**RUNNABLE, "type": "mcp"}, "run"),
+    ("docs_find", {**RUNNABLE, "type": "mcp", "client": Client(client=1)}, "run"),
+    ("docs_find", {**RUNNABLE, "type": "mcp", "client": Client(client=None)}, "leave"),
     ("ask_user", {**RUNNABLE, "type": "builtin"}, "leave"),
     ("delegate_task", {**RUNNABLE, "type": "builtin"}, "leave"),
     ("call_tool", {"type": "builtin"}, "leave"),

@@ -18,6 +18,7 @@ from tests.simulator import Simulator, replies, scenario
 from tests.simulator.replies import (
     Call,
     compose,
+    event_part,
     function_call,
     incomplete,
     message,
@@ -225,6 +226,18 @@ async def _raises(x: str = "") -> str:
     raise ValueError("kaputt")
 
 
+async def _half(x: str = "") -> str:
+    return "half \ud83d a face"
+
+
+async def _raises_half(x: str = "") -> str:
+    raise ValueError("Übel: \ud83d")
+
+
+async def _group(x: str = "") -> str:
+    raise BaseExceptionGroup("several", [KeyboardInterrupt()])
+
+
 async def _exits(x: str = "") -> str:
     raise SystemExit(1)
 
@@ -273,7 +286,10 @@ async def _page(x: str = "") -> Any:
 
 ODD = {
     "raises": (_raises, "kaputt", "failed"),
-    "exits": (_exits, "end the server", "failed"),
+    "half": (_half, "half \ufffd a face", "completed"),
+    "raises_half": (_raises_half, "Übel: \ufffd", "failed"),
+    "exits": (_exits, "SystemExit", "failed"),
+    "group": (_group, "BaseExceptionGroup", "failed"),
     "cancels": (_cancels_itself, "cancelled", "failed"),
     "none": (_nothing, "returned nothing", "completed"),
     "bytes": (_bytes, "café", "completed"),
@@ -301,7 +317,7 @@ async def test_whatever_a_tool_returns_is_answered(
     by_name = {item["name"]: item["status"] for item in shown.items("function_call")}
     assert by_name == {name: status, "echo": "completed"}
     assert shown.text == "Done."
-    (result, _) = shown.items("function_call_output")
+    result, _ = shown.items("function_call_output")
     assert bool(result.get("embeds")) == (name == "html") or result["call_id"]
 
 
@@ -394,6 +410,8 @@ async def test_d8_odd_calls_are_each_answered_once(simulator: Simulator) -> None
         Call("echo", '{"x": "c"', call_id="bad"),
         Call("echo", "", call_id="empty"),
         Call("echo", "{'x': 'python'}", call_id="literal"),
+        Call("echo", '"{\\"x\\": \\"text\\"}"', call_id="text"),
+        Call("echo", "{'x': {1, 2}}", call_id="set"),
         Call("echo", "[1, 2]", call_id="list"),
         Call("nobody", {"x": "d"}, call_id="unknown"),
     ]
@@ -412,14 +430,31 @@ async def test_d8_odd_calls_are_each_answered_once(simulator: Simulator) -> None
         "echo b",
         "echo nothing",
         "echo python",
+        "echo text",
     ]
     errors = " ".join(text for text in texts if text.startswith("Error"))
     assert "malformed or incomplete JSON" in errors
     assert "must be a JSON object" in errors
     assert 'Tool "nobody" not found' in errors
-    assert len(texts) == 7
+    assert len(texts) == 9
     assert all_answered(shown)
     assert shown.text == "Done."
+    sent = [i for i in simulator.posts[1].items if i.get("type") == "function_call"]
+    # Many providers refuse a history whose arguments are no JSON object.
+    assert [json.loads(item["arguments"]) for item in sent] == [
+        {"x": "a"},
+        {"x": "b"},
+        {},
+        {},
+        {"x": "python"},
+        {"x": "text"},
+        {},
+        {},
+        {"x": "d"},
+    ]
+    shown_ = [item["arguments"] for item in shown.items("function_call")]
+    assert '{"x": "python"}' in shown_
+    assert '{"x": "c"' in shown_  # the user sees what went wrong
 
 
 @pytest.mark.parametrize("name", ["F33", "F34"])
@@ -605,6 +640,25 @@ async def test_a_call_that_the_length_limit_cuts_is_not_run(
     assert all_answered(shown)
 
 
+@pytest.mark.parametrize("execution", ["pipe", "open_webui"])
+async def test_a_call_that_only_began_is_nobodys_to_run(
+    simulator: Simulator, execution: str
+) -> None:
+    begun: JSON = {"type": "response.output_item.added", "output_index": 0}
+    begun["item"] = {"type": "function_call", "id": "f", "call_id": "c", "name": "echo"}
+    shown = await run(
+        simulator,
+        kit(echo=echo),
+        compose(event_part(begun), terminal=silence, end="eof"),
+        valves={"TOOL_EXECUTION": execution},
+    )
+
+    assert shown.items("function_call")
+    assert "broke off" in outputs(shown)["echo"]  # else Open WebUI would run it
+    assert all_answered(shown)
+    assert shown.cards
+
+
 async def test_a_cancelled_chat_leaves_no_tool_behind(simulator: Simulator) -> None:
     ended: list[str] = []
 
@@ -690,9 +744,18 @@ async def test_approval_is_honoured_whatever_the_path(simulator: Simulator) -> N
         )
         for stream in (True, False)
     ]
-    for mode in ("ask", "something-new"):
+    chats: list[JSON] = [
+        CHAT,
+        {},
+        {"session_id": "tab"},  # an API client that has one
+        {**CHAT, "chat_id": "temporary:1"},
+        {**CHAT, "chat_id": "channel:1"},
+        {**CHAT, "internal": True},  # a sub-agent
+        {**CHAT, "automation_id": "a", "tool_approval_resume": "tools"},
+    ]
+    for mode in ("ask", "something-new", ["full"], True):
         for valves, stream in paths:
-            for facts in (CHAT, {**CHAT, "chat_id": "temporary:1"}, {}):
+            for facts in chats:
                 simulator.reset()
                 simulator.script(replies.tool_calls(["spend"]), replies.text("Ok."))
                 metadata = {**facts, "params": {"tool_approval_mode": mode}}
@@ -912,7 +975,12 @@ async def test_d10_the_chats_switch_brings_openrouters_search(
 
     minimal = {**with_tools(tools), "model": "pipe.openai/gpt-5", "tools": []}
     minimal["reasoning_effort"] = "minimal"
+    minimal["extra_tools"] = [{"type": "openrouter:web_search"}]
     assert not await _tools_sent(simulator, minimal, metadata=SEARCH)
+
+    own = {"type": "openrouter:web_search", "parameters": {"max_results": 1}}
+    filtered = body(extra_tools=[own])
+    assert await _tools_sent(simulator, filtered, metadata=SEARCH) == [own]
 
 
 async def test_a_user_chooses_within_what_the_admin_allows() -> None:
@@ -956,7 +1024,12 @@ async def test_tools_of_filters_and_mcp_servers_are_offered(
     assert sent[1] == {"type": "mcp", "require_approval": "never", **servers[0]}
 
     sent = await _tools_sent(simulator, asked, valves=valves, metadata=ASKS)
-    assert "mcp" not in [tool["type"] for tool in sent]
+    assert [tool["type"] for tool in sent] == ["function"]  # whatever brought it
+
+    plugins = [{"id": "web"}, {"id": "file-parser"}]
+    for metadata, left in ((ASKS, plugins[1:]), (CHAT, plugins)):
+        await _tools_sent(simulator, {**asked, "plugins": plugins}, metadata=metadata)
+        assert simulator.posts[0].body["plugins"] == left
 
     plain = {**asked, "model": "pipe.openai/gpt-3.5-turbo-instruct"}
     assert await _tools_sent(simulator, plain, valves=valves) == []

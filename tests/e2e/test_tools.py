@@ -13,6 +13,7 @@ import pytest
 from tests.server import Account, Chat, Listener, OpenWebUI, Refused
 from tests.simulator import Simulator, replies, scenario
 from tests.simulator.ledger import Entry
+from tests.toolservers import ToolServers, connected
 
 JSON = dict[str, Any]
 MODEL = "openrouter.openai/gpt-4o"
@@ -543,3 +544,166 @@ def test_a_user_without_the_tool_does_not_get_it(
     assert "not found" in text_of(results(done)["get_weather"])
     with pytest.raises(Refused):
         stranger.call("DELETE", "/api/v1/tools/id/workshop/delete")
+
+
+# Tool servers that an admin connected ---------------------------------------------------
+
+CONNECTED: JSON = {
+    "tool_ids": ["server:shop", "server:mcp:library"],
+    "terminal_id": "box",
+}
+COMMAND = ("run_command", {"command": "echo hello"})
+
+
+@pytest.fixture(scope="module")
+def servers(installed: OpenWebUI, workshop: str) -> Iterator[ToolServers]:
+    """Connect an OpenAPI server, an MCP server and a terminal."""
+    with connected(installed.admin) as servers:
+        yield servers
+
+
+def served_conversation(
+    admin: Account, simulator: Simulator, tab: Listener
+) -> list[Any]:
+    """Use each kind of server, and return what it leaves behind."""
+    options: JSON = {**CONNECTED, "session_id": tab.sid}
+    simulator.script(
+        replies.tool_calls(
+            [
+                ("get_stock", {"item": "blue ink", "shelf": 2}),
+                ("place_order", {"item": "ink", "count": 2}),
+                "take_photo",
+                "open_window",
+                "open_till",
+                ("library_find_book", {"title": "Fjords"}),
+                ("library_shelf_mark", {"title": "Fjords"}),
+                "library_cover",
+                ("library_lend", {"title": "Fjörds"}),
+            ],
+            say="Let me see.",
+        ),
+        replies.tool_calls(
+            [
+                COMMAND,
+                ("write_file", {"path": "a.txt", "content": "hello"}),
+                ("display_file", {"path": "a.txt"}),
+            ]
+        ),
+        replies.text("Here is all of it."),
+    )
+    first = admin.chat(MODEL, "Go.", **options)
+    simulator.script(replies.text("You are welcome."))
+    last = admin.chat(MODEL, "Thanks.", after=first, **options)
+
+    history = [i for i in simulator.posts[-1].items if i.get("role") != "user"]
+    said = [(i.get("type"), i.get("name"), plain(i.get("output"))) for i in history]
+    shown = {
+        name: (plain(item.get("files")), item.get("embeds"))
+        for name, item in results(first).items()
+    }
+    seen = [(e.type, e.data) for e in tab.of(first) if e.type.startswith("terminal")]
+    return [trace(first), trace(last), shown, sorted(map(str, said)), seen]
+
+
+def test_tool_servers_leave_the_same_in_both_ways(
+    webui: OpenWebUI, simulator: Simulator, valves: JSON, servers: ToolServers
+) -> None:
+    left: dict[str, list[Any]] = {}
+    reached: dict[str, list[Any]] = {}
+    for execution in ("pipe", "open_webui"):
+        webui.admin.set_valves("openrouter", {**valves, "TOOL_EXECUTION": execution})
+        simulator.reset()
+        servers.seen.clear()
+        with webui.admin.listen() as tab:
+            left[execution] = served_conversation(webui.admin, simulator, tab)
+        reached[execution] = sorted(map(str, servers.seen))
+
+    for ours, theirs in zip(left["pipe"], left["open_webui"], strict=True):
+        assert ours == theirs
+    assert reached["pipe"] == reached["open_webui"]
+    assert "'count': 2" in str(reached["pipe"])
+    assert "'command': 'echo hello'" in str(reached["pipe"])
+    assert len(reached["pipe"]) == 6
+    shown = left["pipe"][2]
+    assert shown["open_window"][1] == ["<h1>Shop</h1>"]
+    assert shown["library_cover"][0][0]["type"] == "image"
+    assert "Fjörds is lent" in str(left["pipe"][0])
+    assert [type_ for type_, _ in left["pipe"][-1]] == [
+        "terminal:run_command",
+        "terminal:write_file",
+        "terminal:display_file",
+    ]
+
+
+def test_the_pipe_runs_the_tools_of_servers_side_by_side(
+    admin: Account, simulator: Simulator, servers: ToolServers
+) -> None:
+    """Leave the terminal's calls to Open WebUI, which alone runs those."""
+    simulator.script(
+        replies.tool_calls([("library_find_book", {"title": "Ice"}), COMMAND]),
+        replies.text("Done."),
+    )
+    servers.seen.clear()
+    done = admin.chat(MODEL, "Go.", **CONNECTED)
+
+    assert text_of(results(done)["library_find_book"]) == "Ice (2000) stands in row 7"
+    assert "hello" in text_of(results(done)["run_command"])
+    assert [name for name, _ in servers.seen] == ["find_book", "run_command"]
+    assert done.text == "Done."
+
+
+@pytest.mark.parametrize("execution", ["pipe", "open_webui"])
+def test_no_server_is_reached_before_somebody_has_said_yes(
+    webui: OpenWebUI,
+    simulator: Simulator,
+    valves: JSON,
+    servers: ToolServers,
+    execution: str,
+) -> None:
+    admin = webui.admin
+    admin.set_valves("openrouter", {**valves, "TOOL_EXECUTION": execution})
+    servers.seen.clear()
+    calls = [
+        ("get_stock", {"item": "ink"}),
+        ("library_find_book", {"title": "Ice"}),
+        COMMAND,
+    ]
+    simulator.script(replies.tool_calls(calls), replies.text("So be it."))
+    waiting = admin.chat(MODEL, "Go.", **CONNECTED, **ASK)
+    assert servers.seen == []
+
+    for call, action in zip(
+        waiting.items("function_call"), ("reject", "approve", "reject"), strict=True
+    ):
+        resolve(admin, waiting, call, action)
+    done = go_on(admin, waiting, **CONNECTED, **ASK)
+
+    assert [name for name, _ in servers.seen] == ["find_book"]
+    assert done.text == "So be it."
+    assert len(sent_outputs(simulator.posts[-1])) == 3
+
+
+def test_an_api_client_has_the_tools_of_servers_run(
+    admin: Account, simulator: Simulator, servers: ToolServers
+) -> None:
+    """Show that no MCP server outlives the request: its calls go to the client."""
+    calls = [("get_stock", {"item": "ink"}), ("library_find_book", {"title": "Ice"})]
+    options: JSON = {"tool_ids": CONNECTED["tool_ids"]}
+    simulator.script(replies.tool_calls(calls), replies.text("Row 7."))
+    whole = admin.api_chat(MODEL, "Where?", **options)
+    assert whole.text == "Row 7."
+    stock, book = sent_outputs(simulator.posts[1])
+    assert '"count": 3' in stock["output"]
+    assert book["output"] == "Ice (2000) stands in row 7"
+
+    simulator.reset()
+    simulator.script(replies.tool_calls(calls[:1]), replies.text("Three."))
+    assert admin.api_chat(MODEL, "Ink?", stream=True, **options).text == "Three."
+
+    simulator.reset()
+    simulator.script(replies.tool_calls(calls[1:]))
+    streamed = admin.api_chat(MODEL, "Where?", stream=True, **options)
+    (choice, *_) = [c for chunk in streamed.chunks for c in chunk["choices"]]
+    (call,) = choice["delta"]["tool_calls"]
+    assert call["function"]["name"] == "library_find_book"
+    assert len(simulator.posts) == 1
