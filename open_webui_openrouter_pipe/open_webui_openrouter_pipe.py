@@ -2511,6 +2511,14 @@ class SqlStore:
         self._opened: tuple[AsyncEngine, Table] | None = None
         self._schema: str | None = None
 
+    async def prepare(self) -> None:
+        """Make the table before the first row needs it; without a database, later."""
+        try:
+            async with self._transaction():
+                pass
+        except StoreDown as error:
+            LOG.info("The artifacts' table is not there yet: %s", error)
+
     async def save(self, rows: Sequence[Sealed]) -> None:
         """Keep rows in one transaction; one that is there already stays as it is."""
         async with self._transaction() as (connection, table):
@@ -3106,7 +3114,7 @@ class Memory:
         self._codec = ArtifactCodec(())
         self._outbox = Outbox(SqlStore(), spawn)
         self._store: ArtifactStore = self._outbox
-        self._is_open = False
+        self._is_open = self._is_prepared = False
         self._running: list[asyncio.Task[None]] = []
         self._hurry = asyncio.Event()
         self._refused: dict[int, None] = {}  # fingerprints, the oldest first
@@ -3148,6 +3156,12 @@ class Memory:
             )
             self._running.append(self._spawn(journal.run()))
             self._store = journal
+
+    def prepare(self) -> None:
+        """Make the table in the background, once, ahead of the first row."""
+        if not self._is_prepared:
+            self._is_prepared = True
+            self._spawn(self._outbox.table.prepare())
 
     def is_refused(self, chat_id: str, item: JsonObject) -> bool:
         """Say whether a provider did not take an item in a chat."""
@@ -6320,6 +6334,8 @@ class Keeper:
         turn = self._turn
         if not turn.is_kept:
             return {}
+        if turn.request is not None:  # there is a server, and so its database
+            self._memory.prepare()
         policy = turn.settings.PERSIST_REASONING_TOKENS
         wanted = wanted_markers(turn.body.get("messages"), policy)
         artifacts = await self._memory.recall(wanted, turn.user_id)

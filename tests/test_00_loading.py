@@ -308,7 +308,7 @@ def test_a1_saved_again_it_keeps_its_models_and_its_tables(
     assert MODEL in models
     assert listed(admin, "openrouter") == models
     ours = {name for name in tables(webui) if name.startswith("pipe_openrouter")}
-    assert ours <= {"pipe_openrouter_artifacts"}
+    assert ours == {"pipe_openrouter_artifacts"}
 
 
 def test_a2_a_copy_under_another_id_has_its_own_models_and_tables(
@@ -328,7 +328,7 @@ def test_a2_a_copy_under_another_id_has_its_own_models_and_tables(
     assert all(chat.text and not chat.error for chat in chats)
     assert both[0] == both[1] != set()
     ours = {name for name in tables(webui) if "openrouter" in name or "my_or" in name}
-    assert ours <= {"pipe_openrouter_artifacts", "pipe_my_or_artifacts"}
+    assert ours == {"pipe_openrouter_artifacts", "pipe_my_or_artifacts"}
 
 
 def test_a8_a_better_key_helps_at_once(admin: Account, valves: dict[str, Any]) -> None:
