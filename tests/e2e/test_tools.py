@@ -333,6 +333,9 @@ def test_stop_ends_ten_running_tools(
     assert done.text == "Good night."
     simulator.script(replies.text("Again."))
     assert admin.chat(MODEL, "Hello", after=done).text == "Again."
+    kinds = [item.get("type") for item in simulator.posts[-1].items]
+    assert kinds.count("function_call") == kinds.count("function_call_output")
+    assert {i["status"] for i in done.items("function_call")} == {"incomplete"}
 
 
 # Approval ------------------------------------------------------------------------------
