@@ -3954,6 +3954,13 @@ def without_nulls(value: Any, schema: JsonObject, root: JsonObject) -> Any:
 # What is offered
 
 
+def _parameters(given: JsonObject) -> JsonObject:
+    """Return a schema with the `properties` that OpenAI insists on."""
+    bare: JsonObject = {"type": "object", "properties": {}}
+    is_object = given.get("type") in (None, "object")
+    return {**bare, **without_none(given)} if is_object else given
+
+
 def flat_tool(entry: object) -> JsonObject | None:
     """Return a tool in the flat shape of /responses, always with `parameters`."""
     tool = as_object(entry)
@@ -3965,8 +3972,7 @@ def flat_tool(entry: object) -> JsonObject | None:
     flat: JsonObject = {
         "type": "function",
         "name": function["name"],
-        "parameters": as_object(function.get("parameters"))
-        or {"type": "object", "properties": {}},
+        "parameters": _parameters(as_object(function.get("parameters"))),
     }
     if as_text(function.get("description")):
         flat["description"] = function["description"]
@@ -4128,7 +4134,8 @@ class Toolbox:
 
     def schema(self, name: str) -> JsonObject:
         """Return the schema by which nulls are told from values, in strict mode."""
-        return schema_of(self.entries.get(name)) if self.strict else {}
+        schema = schema_of(self.entries.get(name)) if self.strict else {}
+        return schema if strict_schema(schema) else {}
 
 
 # Arguments

@@ -273,6 +273,26 @@ def test_tools_are_flat_have_parameters_and_come_once_in_order() -> None:
     assert tools[1]["parameters"] == an_object()
 
 
+@pytest.mark.parametrize(
+    "given", [None, {}, {"type": "object"}, {"properties": None}, {"properties": {}}]
+)
+def test_a_tool_without_parameters_says_so(given: JSON | None) -> None:
+    """Describe an object: OpenAI refuses `{"type": "object"}` without properties."""
+    tool = {"type": "function", "function": {"name": "a", "parameters": given}}
+    (sent,) = plugin.offered_tools([tool], strict=False)
+    assert sent["parameters"] == {"type": "object", "properties": {}}
+
+
+def test_nulls_are_taken_out_of_strict_tools_alone() -> None:
+    loose = an_object(a={"type": ["string", "null"]}, b={"type": "object"})
+    closed = an_object(a={"type": ["string", "null"]})
+    for schema, values in ((loose, {"a": None}), (closed, {})):
+        entry = {**RUNNABLE, "spec": {"parameters": schema}}
+        box = plugin.Toolbox({"t": entry}, runs=True, asks=False, strict=True)
+        (call,) = plugin.planned_calls(box, 0, "c", "t", '{"a": null}')
+        assert call.arguments == values
+
+
 def test_a_tool_that_says_whether_it_is_strict_keeps_its_word() -> None:
     tool = {
         "type": "function",
