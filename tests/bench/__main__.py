@@ -72,6 +72,7 @@ def _home() -> Generator[None]:
         for folder in folders.values():
             Path(folder).mkdir()
         os.environ.update(SLIM, **folders, GLOBAL_LOG_LEVEL="ERROR")
+        os.environ["FROM_INIT_PY"] = "true"  # as `open-webui serve` says it
         yield
 
 

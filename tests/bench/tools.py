@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 import warnings
 from collections.abc import AsyncGenerator
@@ -69,7 +68,6 @@ def overhead(options: Options) -> list[Row]:
 
 
 async def _overhead(options: Options) -> list[Row]:
-    os.environ["FROM_INIT_PY"] = "true"  # as `open-webui serve` says it
     with warnings.catch_warnings(action="ignore"):
         import_module("open_webui.utils.middleware")
     rounds = 5 if options.tiny else 50
