@@ -311,7 +311,7 @@ class Valves(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _none_means_default(cls, values: object) -> JsonObject:
-        return {k: v for k, v in as_object(values).items() if v is not None}
+        return without_none(as_object(values))
 
 
 def _key_from_environment() -> Secret:
@@ -412,7 +412,7 @@ class StreamValves(Valves):
 
 
 def _lists_servers(text: str) -> bool:
-    servers = [as_object(entry) for entry in as_list(parse_json(text))]
+    servers = as_objects(parse_json(text))
     named = (as_text(s.get(k)) for s in servers for k in ("server_label", "server_url"))
     return bool(servers) and all(named)
 
@@ -3794,7 +3794,7 @@ _PYTHON_TYPES: tuple[tuple[type, str], ...] = (
 def schema_types(schema: JsonObject) -> list[str]:
     """Return the types a schema names: none, one or several."""
     types = schema.get("type")
-    return [types] if isinstance(types, str) else [as_text(t) for t in as_list(types)]
+    return [types] if isinstance(types, str) else as_texts(types)
 
 
 def _type_of(value: object) -> str:
@@ -4889,7 +4889,7 @@ class ToolRunner:
 
 # region 14 Request ────────────────────────────────────────────────────────────────────
 # One valid body for POST /responses: flat fields, no key that only Chat Completions has.
-# Uses: 01 02 08 12 13. Pure.
+# Uses: 01 02 08 09 12 13. Pure.
 
 _SAMPLING = (
     "temperature",
@@ -5074,7 +5074,7 @@ def _replayed(item: JsonObject) -> JsonObject:
         return {**item, "arguments": "{}"}  # the call's result says what was wrong
     if item.get("type") != "reasoning":
         return item
-    return {"id": new_id("rs"), "summary": [], **without_none(item)}
+    return without_none(replayed(item))
 
 
 def with_results(
@@ -6671,7 +6671,7 @@ class Keeper:
 def rounds_so_far(messages: object) -> int:
     """Return how many rounds of tool calls stand behind the last question."""
     rounds = 0
-    for message in map(as_object, reversed(as_list(messages))):
+    for message in reversed(as_objects(messages)):
         if message.get("role") not in ("assistant", "tool"):
             break
         rounds += bool(message.get("tool_calls"))
